@@ -1,0 +1,1 @@
+"""Where Tidegate runs: settings, Ray session, clock, tables, database, durable log, alerts."""

@@ -1,0 +1,304 @@
+"""The control plane's database: loads, leases, release requests, routing tables and the rollout journal.
+
+SQLite by default, PostgreSQL by URL. It promises that writers exclude each other, so every method is one
+atomic step whichever process calls it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, Row, event, insert, select, update
+from sqlalchemy.engine import URL
+
+from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING
+
+# The advisory lock that PostgreSQL's writers take: "tidegate" in ASCII.
+_WRITER_LOCK = 0x7469646567617465
+_BUSY_SECONDS = 60
+
+LoadStatus = Literal["begun", "published", "refused"]
+
+
+class StaleEpoch(RuntimeError):
+    """Another controller has written the routing table since the caller read it."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load of rows into a table. ``as_of_us`` is the time at which its first attempt began."""
+
+    load_id: str
+    usecase: str
+    table: str
+    as_of_us: int
+    status: LoadStatus
+    manifest: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ReleaseRequest:
+    """A model version that asks to be released."""
+
+    usecase: str
+    version: str
+    payload: dict[str, Any]
+    requested_us: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A routing table as last written."""
+
+    epoch: int
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """One entry of a use case's journal; sequences start at 1 and have no gaps."""
+
+    sequence: int
+    kind: str
+    payload: dict[str, Any]
+    at_us: int
+
+
+class Database:
+    """The database at ``url``; connections open at first use. Pickles as its URL.
+
+    Raises ``ValueError`` for anything but SQLite and PostgreSQL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = _engine(_normalised(url))
+
+    def create(self) -> None:
+        """Create the tables that do not exist; any number of processes may do so at once."""
+        with self.write() as connection:
+            METADATA.create_all(connection)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that excludes every other writer; commits at the end, rolls back on an error."""
+        with self._engine.connect() as connection:
+            connection = connection.execution_options(tidegate_write=True)
+            with connection.begin():
+                if self._engine.dialect.name == "postgresql":
+                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
+                yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads; no writer waits for it."""
+        with self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    def begin_load(self, load_id: str, usecase: str, table: str, as_of_us: int) -> Load:
+        """The load of that id: a new one, or the one begun before, with its first ``as_of_us``.
+
+        Raises ``ValueError`` when the id was begun for another use case or table.
+        """
+        with self.write() as connection:
+            row = connection.execute(select(LOADS).where(LOADS.c.load_id == load_id)).one_or_none()
+            if row is None:
+                values = {"load_id": load_id, "usecase": usecase, "table_name": table, "as_of_us": as_of_us}
+                connection.execute(insert(LOADS).values(**values, status="begun"))
+                return Load(load_id, usecase, table, as_of_us, "begun", None)
+        load = _load(row)
+        if (load.usecase, load.table) != (usecase, table):
+            raise ValueError(
+                f"load {load_id!r} was begun for {load.usecase!r} into {load.table!r}, "
+                f"not for {usecase!r} into {table!r}: give this one another id"
+            )
+        return load
+
+    def finish_load(
+        self, load_id: str, status: Literal["published", "refused"], manifest: dict[str, Any]
+    ) -> None:
+        """Record how a load ended. A load that ended the same way before keeps its first manifest.
+
+        Raises ``KeyError`` for a load never begun, ``ValueError`` when it ended the other way.
+        """
+        with self.write() as connection:
+            row = connection.execute(select(LOADS).where(LOADS.c.load_id == load_id)).one_or_none()
+            if row is None:
+                raise KeyError(f"load {load_id!r} was never begun: call begin_load first")
+            if row.status == "begun":
+                done = update(LOADS).where(LOADS.c.load_id == load_id)
+                connection.execute(done.values(status=status, manifest=manifest))
+            elif row.status != status:
+                raise ValueError(f"load {load_id!r} has ended as {row.status!r} and cannot become {status!r}")
+
+    def load(self, load_id: str) -> Load | None:
+        """The load of that id, None if it was never begun."""
+        with self.read() as connection:
+            row = connection.execute(select(LOADS).where(LOADS.c.load_id == load_id)).one_or_none()
+        return None if row is None else _load(row)
+
+    def loads(self, usecase: str) -> list[Load]:
+        """All loads of a use case by the time they began."""
+        query = select(LOADS).where(LOADS.c.usecase == usecase).order_by(LOADS.c.as_of_us, LOADS.c.load_id)
+        with self.read() as connection:
+            return [_load(row) for row in connection.execute(query)]
+
+    def acquire_lease(self, name: str, holder: str, seconds: float, now_us: int) -> bool:
+        """Take or renew the lease until ``now_us`` + ``seconds``; False while another's has not expired."""
+        with self.write() as connection:
+            return _acquire(connection, name, holder, seconds, now_us)
+
+    def release_lease(self, name: str, holder: str) -> None:
+        """Give the lease back; nothing happens if ``holder`` does not have it."""
+        with self.write() as connection:
+            connection.execute(LEASES.delete().where(LEASES.c.name == name, LEASES.c.holder == holder))
+
+    def request_release(self, usecase: str, version: str, payload: dict[str, Any], now_us: int) -> bool:
+        """Ask for a version to be released; False if that version was asked for before."""
+        this = (RELEASES.c.usecase == usecase, RELEASES.c.version == version)
+        with self.write() as connection:
+            if connection.execute(select(RELEASES.c.version).where(*this)).one_or_none() is not None:
+                return False
+            values = {"usecase": usecase, "version": version, "payload": payload, "requested_us": now_us}
+            connection.execute(insert(RELEASES).values(**values, status="open"))
+            return True
+
+    def claim_release(self, usecase: str, holder: str, seconds: float, now_us: int) -> ReleaseRequest | None:
+        """The oldest open request, claimed (or claimed again) until ``now_us`` + ``seconds``.
+
+        None when nothing is open, or when the oldest is claimed by another: requests keep their order.
+        """
+        oldest = (
+            select(RELEASES)
+            .where(RELEASES.c.usecase == usecase, RELEASES.c.status == "open")
+            .order_by(RELEASES.c.sequence)
+            .limit(1)
+        )
+        with self.write() as connection:
+            row = connection.execute(oldest).one_or_none()
+            if row is None or not _acquire(connection, f"release/{usecase}", holder, seconds, now_us):
+                return None
+        return ReleaseRequest(row.usecase, row.version, row.payload, row.requested_us)
+
+    def finish_release(self, usecase: str, version: str, status: str) -> None:
+        """Close a request with any status but ``open``; ``KeyError`` if it was never made."""
+        if status == "open":
+            raise ValueError(f"release {version!r} of {usecase!r} is to be finished, and 'open' is no end")
+        this = update(RELEASES).where(RELEASES.c.usecase == usecase, RELEASES.c.version == version)
+        with self.write() as connection:
+            if connection.execute(this.values(status=status)).rowcount == 0:
+                raise KeyError(f"no release of version {version!r} of {usecase!r} was requested")
+            connection.execute(LEASES.delete().where(LEASES.c.name == f"release/{usecase}"))
+
+    def routing(self, usecase: str) -> Routing | None:
+        """The routing table of a use case, None before the first."""
+        with self.read() as connection:
+            row = connection.execute(select(ROUTING).where(ROUTING.c.usecase == usecase)).one_or_none()
+        return None if row is None else Routing(row.epoch, row.document)
+
+    def put_routing(self, usecase: str, expected_epoch: int | None, document: dict[str, Any]) -> int:
+        """Replace the table of ``expected_epoch`` (None: there is none yet) and return the new epoch.
+
+        Epochs start at 1. Raises ``StaleEpoch`` when the table has another epoch.
+        """
+        with self.write() as connection:
+            found = connection.execute(select(ROUTING.c.epoch).where(ROUTING.c.usecase == usecase)).scalar()
+            if found != expected_epoch:
+                raise StaleEpoch(
+                    f"the routing table of {usecase!r} has epoch {found}, not {expected_epoch}: "
+                    "read it again and decide anew"
+                )
+            if found is None:
+                connection.execute(insert(ROUTING).values(usecase=usecase, epoch=1, document=document))
+                return 1
+            change = update(ROUTING).where(ROUTING.c.usecase == usecase)
+            connection.execute(change.values(epoch=found + 1, document=document))
+            return int(found) + 1
+
+    def append_journal(self, usecase: str, kind: str, payload: dict[str, Any], at_us: int) -> int:
+        """Add an entry and return its sequence."""
+        newest = select(sa.func.max(JOURNAL.c.sequence)).where(JOURNAL.c.usecase == usecase)
+        with self.write() as connection:
+            sequence: int = (connection.execute(newest).scalar() or 0) + 1
+            values = {"usecase": usecase, "sequence": sequence, "kind": kind, "payload": payload}
+            connection.execute(insert(JOURNAL).values(**values, at_us=at_us))
+            return sequence
+
+    def journal(self, usecase: str) -> list[JournalEntry]:
+        """All entries of a use case in order."""
+        query = select(JOURNAL).where(JOURNAL.c.usecase == usecase).order_by(JOURNAL.c.sequence)
+        with self.read() as connection:
+            rows = connection.execute(query).all()
+        return [JournalEntry(row.sequence, row.kind, row.payload, row.at_us) for row in rows]
+
+    def __reduce__(self) -> tuple[type[Database], tuple[str]]:
+        return Database, (self.url,)
+
+
+def _acquire(connection: Connection, name: str, holder: str, seconds: float, now_us: int) -> bool:
+    if seconds <= 0:
+        raise ValueError(f"lease {name!r} of {holder!r} needs more than {seconds} seconds")
+    expires_us = now_us + round(seconds * 1_000_000)
+    row = connection.execute(select(LEASES).where(LEASES.c.name == name)).one_or_none()
+    if row is None:
+        connection.execute(insert(LEASES).values(name=name, holder=holder, expires_us=expires_us))
+        return True
+    if row.holder != holder and row.expires_us > now_us:
+        return False
+    change = update(LEASES).where(LEASES.c.name == name)
+    connection.execute(change.values(holder=holder, expires_us=expires_us))
+    return True
+
+
+def _load(row: Row[Any]) -> Load:
+    return Load(row.load_id, row.usecase, row.table_name, row.as_of_us, row.status, row.manifest)
+
+
+def _normalised(url: str) -> URL:
+    parsed = sa.make_url(url)
+    if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite") or parsed.database in (None, "", ":memory:"):
+        raise ValueError(
+            f"database {parsed.render_as_string(hide_password=True)!r} is neither a SQLite file "
+            "(sqlite:////absolute/path) nor PostgreSQL (postgresql://user@host/name)"
+        )
+    return parsed
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() == "postgresql":
+        return sa.create_engine(url, pool_pre_ping=True)
+    path = Path(url.database or "")
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+
+    @event.listens_for(engine, "do_connect")
+    def make_directory(*_: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # transactions begin where the "begin" event says
+        # SQLite does not wait for its lock when it switches to WAL, so openers take turns.
+        with open(f"{path}.lock", "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        write = connection.get_execution_options().get("tidegate_write", False)
+        # A write lock taken at once waits its turn; one taken after a read fails at once when it must wait.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine

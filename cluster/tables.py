@@ -1,0 +1,365 @@
+"""Delta tables: files are written by anyone in parallel, and committed here, each load exactly once.
+
+A commit carries (app_id, marker) in Delta's own transaction log; what a marker has committed is never
+committed again, whichever process asks. Reads go through pyarrow on a pinned list of files.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from cluster.filesystems import open_filesystem
+
+_SCHEMA_KEY = "tidegate.arrowSchema"
+_PARTITION_VALUE = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+# How often a commit that lost a race looks again; each loser's rival has moved the table forward.
+_ATTEMPTS = 40
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file that was written and not yet committed; ``path`` is relative to its table."""
+
+    path: str
+    size: int
+    rows: int
+    partition: dict[str, str]
+    stats: str
+    modified_ms: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A version that holds what was asked for, and whether this call (not an earlier one) put it there."""
+
+    version: int
+    applied: bool
+
+
+class Tables:
+    """The tables below one URL (``file:///…`` or ``s3://…``). Holds no connection, so it pickles anywhere.
+
+    ``storage_options`` are object_store's (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, …); what they do
+    not name is read from the environment. Names are slash-separated, such as ``aqua/events``.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, str] | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.storage_options = dict(storage_options or {})
+
+    def uri(self, name: str) -> str:
+        """The URI of a table, with its scheme."""
+        if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
+            raise ValueError(
+                f"table name {name!r} must be words of letters, digits, '_', '-', '.' between '/'"
+            )
+        return f"{self.url}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether the table has been created."""
+        # Not DeltaTable.is_deltatable: it keeps the interpreter's lock while it waits for the store.
+        try:
+            self._open(name, without_files=True)
+        except TableNotFoundError:
+            return False
+        return True
+
+    def ensure(self, name: str, schema: pa.Schema, partition_by: Sequence[str] = ()) -> None:
+        """Create the table, or check that it has this schema and these partitions.
+
+        Raises ``ValueError`` naming every field that differs.
+        """
+        stored = _storable(schema)
+        if not self.exists(name):
+            if self.url.startswith("file:"):
+                Path(self._filesystem(name)[1]).mkdir(parents=True, exist_ok=True)
+            try:
+                DeltaTable.create(
+                    self.uri(name),
+                    stored,
+                    mode="error",
+                    partition_by=list(partition_by),
+                    configuration={_SCHEMA_KEY: _pack(schema)},
+                    raise_if_key_not_exists=False,
+                    storage_options=self.storage_options or None,
+                )
+            except DeltaError:
+                if not self.exists(name):  # otherwise another process created it meanwhile
+                    raise
+        handle = self._open(name, without_files=True)
+        _compare(name, _declared(handle), schema)
+        if (existing := list(handle.metadata().partition_columns)) != list(partition_by):
+            raise ValueError(
+                f"table {name!r} is partitioned by {existing}, not by {list(partition_by)}: use another name"
+            )
+
+    def write_file(
+        self, name: str, table: pa.Table, partition: Mapping[str, int | str] | None = None
+    ) -> DataFile:
+        """Write one Parquet file of a uniquely named path; nothing sees it before ``commit``.
+
+        ``partition`` gives the value of every partition column; those columns are not in the file.
+        Raises ``ValueError`` when columns or partitions do not fit the table.
+        """
+        handle = self._open(name, without_files=True)
+        schema, columns = _declared(handle), list(handle.metadata().partition_columns)
+        values = {key: _partition_text(name, key, value) for key, value in (partition or {}).items()}
+        if sorted(values) != sorted(columns):
+            raise ValueError(f"table {name!r} is partitioned by {columns}, but {sorted(values)} were given")
+        body = pa.schema([field for field in schema if field.name not in columns])
+        table = table.drop_columns([column for column in columns if column in table.column_names])
+        _compare(name, body, table.schema)
+        table = table.select(body.names).cast(_storable(body))
+        folder = "/".join(f"{column}={values[column]}" for column in columns)
+        path = f"{folder}/part-{uuid.uuid4().hex}.parquet" if folder else f"part-{uuid.uuid4().hex}.parquet"
+        filesystem, root = self._filesystem(name)
+        target = f"{root}/{path}"
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        pq.write_table(table, target, filesystem=filesystem, compression="zstd")
+        self._sync(target)
+        info = filesystem.get_file_info(target)
+        stats = json.dumps({"numRecords": table.num_rows})
+        return DataFile(path, info.size, table.num_rows, values, stats, int(time.time() * 1000))
+
+    def commit(self, name: str, files: Sequence[DataFile], app_id: str, marker: int = 1) -> Commit:
+        """Make ``files`` part of the table in one version, unless ``app_id`` has reached ``marker`` before.
+
+        An empty list records the marker alone. Safe against any number of concurrent committers; raises
+        ``CommitFailedError`` when it keeps losing to others.
+        """
+        for attempt in range(_ATTEMPTS):
+            handle = self._open(name)  # fresh: a handle's view of markers is that of its own version
+            seen = handle.transaction_version(app_id)
+            if seen is not None and seen >= marker:
+                return Commit(handle.version(), applied=False)
+            try:
+                self._commit(handle, files, Transaction(app_id, marker))
+            except CommitFailedError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.005, 0.05))
+                continue
+            base = handle.version()
+            handle.update_incremental()
+            version = handle.version()
+            for written in range(base + 1, version + 1):
+                self._sync(f"{self._filesystem(name)[1]}/_delta_log/{written:020d}.json")
+            return Commit(version, applied=True)
+        raise AssertionError("unreachable")
+
+    def append(self, name: str, table: pa.Table, app_id: str, marker: int = 1) -> Commit:
+        """Split ``table`` by its partition columns, write the files and commit them once."""
+        if (seen := self.marker(name, app_id)) is not None and seen >= marker:
+            return Commit(self.version(name), applied=False)
+        columns = list(self._open(name, without_files=True).metadata().partition_columns)
+        parts = _split(table, columns) if table.num_rows else []
+        return self.commit(name, [self.write_file(name, rows, at) for at, rows in parts], app_id, marker)
+
+    def version(self, name: str) -> int:
+        """The newest version of the table."""
+        return self._open(name, without_files=True).version()
+
+    def marker(self, name: str, app_id: str) -> int | None:
+        """The highest marker that ``app_id`` has committed, None if it never has."""
+        return self._open(name, without_files=True).transaction_version(app_id)
+
+    def files(
+        self,
+        name: str,
+        version: int | None = None,
+        partition: Mapping[str, Sequence[int | str]] | None = None,
+    ) -> list[str]:
+        """The URIs of the data files of one version, in the order of their paths.
+
+        ``partition`` keeps only the files whose partition values are among those given. The partition
+        columns are not in the files: their values are in the paths, as ``column=value``.
+        """
+        handle = self._open(name, version)
+        return [f"{self.uri(name)}/{path}" for path, _ in _data_files(name, handle, partition)]
+
+    def read(
+        self,
+        name: str,
+        version: int | None = None,
+        columns: Sequence[str] | None = None,
+        filter: pc.Expression | None = None,
+        partition: Mapping[str, Sequence[int | str]] | None = None,
+    ) -> pa.Table:
+        """The rows of one version as the declared schema (or ``columns`` of it).
+
+        ``partition`` prunes as in ``files``. Rows of a file keep their order; files come by path.
+        """
+        handle = self._open(name, version)
+        schema = _declared(handle)
+        stored = _storable(schema)
+        filesystem, root = self._filesystem(name)
+        parquet = ds.ParquetFileFormat()
+        fragments = [
+            parquet.make_fragment(f"{root}/{path}", filesystem, _partition_expression(values, stored))
+            for path, values in _data_files(name, handle, partition)
+        ]
+        dataset = ds.FileSystemDataset(fragments, stored, parquet, filesystem)
+        names = list(columns) if columns is not None else schema.names
+        rows = dataset.to_table(columns=names, filter=filter)
+        return rows.cast(pa.schema([schema.field(column) for column in names]))
+
+    def compact(self, name: str) -> int:
+        """Rewrite small files as large ones in a new version with the same rows; how many files went."""
+        return int(self._open(name).optimize.compact()["numFilesRemoved"])
+
+    def vacuum(self, name: str, older_than: timedelta) -> list[str]:
+        """Delete files that were replaced, or written and never committed, more than ``older_than`` ago.
+
+        Returns their paths. ``older_than`` (whole hours, rounded up) must exceed both the longest load and
+        the age of the oldest version that is still read.
+        """
+        hours = -(-older_than // timedelta(hours=1))
+        gone = self._open(name).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True)
+        return sorted(gone)
+
+    def _open(self, name: str, version: int | None = None, *, without_files: bool = False) -> DeltaTable:
+        try:
+            return DeltaTable(
+                self.uri(name),
+                version=version,
+                storage_options=self.storage_options or None,
+                without_files=without_files,
+            )
+        except TableNotFoundError:
+            raise TableNotFoundError(f"no table {name!r} below {self.url}: ensure() creates it") from None
+
+    def _commit(self, handle: DeltaTable, files: Sequence[DataFile], transaction: Transaction) -> None:
+        actions: list[AddAction | RemoveAction] = [
+            AddAction(file.path, file.size, file.partition, file.modified_ms, True, file.stats)
+            for file in files
+        ]
+        handle.create_write_transaction(
+            actions,
+            mode="append",
+            schema=handle.schema(),
+            partition_by=list(handle.metadata().partition_columns),
+            commit_properties=CommitProperties(app_transactions=[transaction]),
+        )
+
+    def _filesystem(self, name: str) -> tuple[pafs.FileSystem, str]:
+        return open_filesystem(self.uri(name), self.storage_options)
+
+    def _sync(self, path: str) -> None:
+        # The ingest log forgets rows once they are committed here: a local commit must outlive a power cut.
+        if not self.url.startswith("file:"):
+            return
+        for target in (path, path.rpartition("/")[0]):
+            descriptor = os.open(target, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _split(table: pa.Table, columns: Sequence[str]) -> list[tuple[dict[str, int | str], pa.Table]]:
+    """The rows of each combination of values of ``columns``, in their order."""
+    if not columns:
+        return [({}, table)]
+    keys = table.select(columns).group_by(list(columns)).aggregate([])
+    parts = []
+    for values in keys.sort_by([(column, "ascending") for column in columns]).to_pylist():
+        mask = pa.scalar(True)
+        for column, value in values.items():
+            mask = pc.and_(mask, pc.equal(table.column(column), pa.scalar(value, table.field(column).type)))
+        parts.append((values, table.filter(mask)))
+    return parts
+
+
+def _data_files(
+    name: str, handle: DeltaTable, partition: Mapping[str, Sequence[int | str]] | None
+) -> list[tuple[str, dict[str, str]]]:
+    """Relative path and partition values of every live file, sorted by path."""
+    columns = list(handle.metadata().partition_columns)
+    if unknown := sorted(set(partition or {}) - set(columns)):
+        raise ValueError(f"table {name!r} is partitioned by {columns}, so it cannot be pruned by {unknown}")
+    wanted = {key: {str(value) for value in values} for key, values in (partition or {}).items()}
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    found = []
+    values = [actions.column(f"partition.{column}").to_pylist() for column in columns]
+    for place, path in enumerate(actions.column("path").to_pylist()):
+        mine = {column: str(values[i][place]) for i, column in enumerate(columns)}
+        if all(mine[key] in allowed for key, allowed in wanted.items()):
+            found.append((path, mine))
+    return sorted(found, key=lambda item: item[0])
+
+
+def _partition_expression(values: Mapping[str, str], schema: pa.Schema) -> pc.Expression:
+    expression = pc.scalar(True)
+    for column, text in values.items():
+        value = pa.scalar(text).cast(schema.field(column).type)
+        expression = expression & (pc.field(column) == value)
+    return expression
+
+
+def _partition_text(name: str, column: str, value: int | str) -> str:
+    text = str(value)
+    if not _PARTITION_VALUE.fullmatch(text):
+        raise ValueError(
+            f"table {name!r}: partition value {text!r} of {column!r} must be letters, digits, '.', '_' or '-'"
+        )
+    return text
+
+
+def _storable(schema: pa.Schema) -> pa.Schema:
+    """The schema as it lies in files: Delta has no unsigned numbers, so they take the next wider type."""
+    return pa.schema([pa.field(field.name, _signed(field.type), field.nullable) for field in schema])
+
+
+def _signed(kind: pa.DataType) -> pa.DataType:
+    wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64()}
+    if pa.types.is_list(kind):
+        return pa.list_(_signed(kind.value_type))
+    if kind == pa.uint64():
+        raise ValueError("a table cannot hold uint64: use int64")
+    return wider.get(kind, kind)
+
+
+def _pack(schema: pa.Schema) -> str:
+    return base64.b64encode(schema.remove_metadata().serialize().to_pybytes()).decode()
+
+
+def _declared(handle: DeltaTable) -> pa.Schema:
+    packed = handle.metadata().configuration.get(_SCHEMA_KEY)
+    if packed is None:
+        return pa.schema(handle.schema())
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed)))
+
+
+def _compare(name: str, table: pa.Schema, given: pa.Schema) -> None:
+    mine = {field.name: field.type for field in table}
+    other = {field.name: field.type for field in given}
+    faults = [
+        f"{key} is {mine[key]}, given {other[key]}"
+        for key in mine
+        if key in other and mine[key] != other[key]
+    ]
+    faults += [f"{key} ({mine[key]}) is missing" for key in mine if key not in other]
+    faults += [f"{key} ({other[key]}) is not a column of it" for key in other if key not in mine]
+    if faults:
+        raise ValueError(f"table {name!r} has another schema: {'; '.join(faults)}")

@@ -1,0 +1,1 @@
+"""From rows to a gated model version: contracts, features, training, validation."""

@@ -1,0 +1,75 @@
+"""One writer at a time to a use case's events table: loads and drains take the same lease.
+
+Whoever holds it may look for an event id in the table, and commit, without another commit in between.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cluster.clock import SystemClock
+from cluster.database import Database
+from pipelines.spec import UseCase
+
+_SECONDS = 30.0
+
+
+class LeaseLost(RuntimeError):
+    """Another process took the lease although this one held it: nothing more may be committed."""
+
+
+def try_events(database: Database, use_case: UseCase, holder: str) -> bool:
+    """Takes the lease ``drain/<use case>`` for half a minute, or returns False.
+
+    Leases end in real time, also under a replay clock: they guard against processes that died.
+    """
+    return database.acquire_lease(_name(use_case), holder, _SECONDS, SystemClock().now())
+
+
+def release_events(database: Database, use_case: UseCase, holder: str) -> None:
+    """Gives the lease back."""
+    database.release_lease(_name(use_case), holder)
+
+
+@contextmanager
+def events_lease(
+    database: Database, use_case: UseCase, holder: str, *, patience_s: float = 120.0
+) -> Iterator[Callable[[], None]]:
+    """Holds the lease for the length of a block, however long; yields a check that raises ``LeaseLost``.
+
+    Raises ``TimeoutError`` when others hold it for ``patience_s`` seconds.
+    """
+    deadline = time.monotonic() + patience_s
+    while not try_events(database, use_case, holder):
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"others held the lease {_name(use_case)!r} for {patience_s:.0f} s: does a drain or load hang?"
+            )
+        time.sleep(0.05)
+    ended, lost = threading.Event(), threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(_SECONDS / 3):
+            if not try_events(database, use_case, holder):
+                lost.set()
+                return
+
+    def check() -> None:
+        if lost.is_set() or not try_events(database, use_case, holder):
+            raise LeaseLost(f"{holder} lost the lease {_name(use_case)!r}; run the load again")
+
+    keeper = threading.Thread(target=renew, name="events-lease", daemon=True)
+    keeper.start()
+    try:
+        yield check
+    finally:
+        ended.set()
+        keeper.join()
+        release_events(database, use_case, holder)
+
+
+def _name(use_case: UseCase) -> str:
+    return f"drain/{use_case.name}"

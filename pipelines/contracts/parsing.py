@@ -1,0 +1,315 @@
+"""From what a source holds (Arrow columns, CSV text, JSON values) to a typed table in contract order.
+
+A value that cannot be read as its field's type becomes null and is remembered as malformed, with its rule;
+nothing is coerced beyond what ``from_arrow``, ``from_text`` and ``from_records`` say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.contracts import rules
+from pipelines.contracts.events import INSTANT, contract_schema, to_microseconds
+from pipelines.spec import Contract, Field, FieldType
+
+_FLOAT_TEXT = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:nan|inf|infinity))"
+_TEXT: dict[FieldType, tuple[str, Callable[[str], Any]]] = {
+    FieldType.FLOAT: (_FLOAT_TEXT, float),
+    FieldType.INTEGER: (r"-?[0-9]+", lambda text: int(text) if len(text) < 1000 else None),
+    FieldType.BOOLEAN: (r"(?i:true|false)|[01]", lambda text: text.lower() in ("true", "1")),
+    FieldType.TIMESTAMP: (rules.INSTANT_TEXT, rules.instant),
+}
+_KINDS: dict[FieldType, set[type]] = {
+    FieldType.STRING: {str},
+    FieldType.FLOAT: {float},
+    FieldType.INTEGER: {int},
+    FieldType.BOOLEAN: {bool},
+    FieldType.TIMESTAMP: set(),
+}
+
+
+class AmbiguousColumns(ValueError):
+    """Several columns have one name, so no row can be read."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Rows (ascending indices, int64) that break one rule."""
+
+    rule: str
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A typed table of the contract's schema, what was wrong already, and the original rows.
+
+    ``malformed`` gives for a field the mask (bool[n]) of values that are null in the table because they could
+    not be read; ``broken`` the rules those and the rows' unknown names break; ``unreadable`` the mask of rows
+    of which no field exists. ``raw`` gives the original records of some rows as JSON.
+    """
+
+    table: pa.Table
+    malformed: Mapping[str, np.ndarray]
+    broken: tuple[Broken, ...]
+    unreadable: np.ndarray | None
+    raw: Callable[[np.ndarray], list[str]]
+
+
+def from_arrow(contract: Contract, table: pa.Table) -> Parsed:
+    """Reads typed columns: any width of integer or float, decimals for floats, timestamps with a zone.
+
+    Strings are read as instants where the contract wants one, never as numbers. A column of another type
+    breaks ``type`` in every row that is not null. A field whose metadata names another unit than the contract
+    breaks ``unit`` in every row, an extra column ``unknown``.
+    """
+    _unambiguous(table)
+    everywhere = [
+        rules.rule_id(field.name, rules.UNIT)
+        for field in contract.fields
+        if field.name in table.column_names and _other_unit(field, table.schema.field(field.name))
+    ]
+    return _assemble(contract, table, _typed, everywhere)
+
+
+def from_text(contract: Contract, table: pa.Table) -> Parsed:
+    """Reads strings as CSV means them: null (an empty cell), decimal numbers, true/false/1/0, RFC 3339."""
+    return _assemble(contract, table, _text, [])
+
+
+def from_records(contract: Contract, records: Sequence[Any]) -> Parsed:
+    """Reads JSON values: a boolean is no number, a float is no integer, an absent key is a null.
+
+    An element that is no object is unreadable; it breaks ``row.unreadable`` and nothing else.
+    """
+    unreadable = np.fromiter((not isinstance(r, dict) for r in records), dtype=bool, count=len(records))
+    rows = [r if isinstance(r, dict) else {} for r in records] if unreadable.any() else records
+    columns: list[pa.Array] = []
+    malformed: dict[str, np.ndarray] = {}
+    broken: list[Broken] = []
+    for field in contract.fields:
+        column, bad = _values(field, [row.get(field.name) for row in rows])
+        columns.append(column)
+        _note(field, bad, malformed, broken)
+    known = {field.name for field in contract.fields}
+    extra: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if not row.keys() <= known:
+            for rule in {rules.unknown_id(key) for key in row.keys() - known}:
+                extra.setdefault(rule, []).append(place)
+    broken += [Broken(rule, np.array(places, dtype=np.int64)) for rule, places in extra.items()]
+    if unreadable.any():
+        broken.append(Broken(rules.ROW_UNREADABLE, np.flatnonzero(unreadable)))
+    return Parsed(
+        table=pa.Table.from_arrays(columns, schema=contract_schema(contract)),
+        malformed=malformed,
+        broken=tuple(broken),
+        unreadable=unreadable if unreadable.any() else None,
+        raw=lambda places: [rules.as_json(records[i]) for i in places],
+    )
+
+
+def _assemble(
+    contract: Contract,
+    table: pa.Table,
+    read: Callable[[Field, pa.Array], tuple[pa.Array, np.ndarray | None]],
+    everywhere: list[str],
+) -> Parsed:
+    _unambiguous(table)
+    names = table.column_names
+    columns: list[pa.Array] = []
+    malformed: dict[str, np.ndarray] = {}
+    broken: list[Broken] = []
+    for field, target in zip(contract.fields, contract_schema(contract), strict=True):
+        if field.name not in names:
+            columns.append(pa.nulls(table.num_rows, target.type))
+            continue
+        column, bad = read(field, _flat(table.column(field.name)))
+        columns.append(column)
+        _note(field, bad, malformed, broken)
+    known = {field.name for field in contract.fields}
+    everywhere = everywhere + [rules.unknown_id(name) for name in names if name not in known]
+    rows = np.arange(table.num_rows, dtype=np.int64)
+    broken += [Broken(rule, rows) for rule in sorted(set(everywhere)) if len(rows)]
+    return Parsed(
+        table=pa.Table.from_arrays(columns, schema=contract_schema(contract)),
+        malformed=malformed,
+        broken=tuple(broken),
+        unreadable=None,
+        raw=lambda places: _table_rows(table, places),
+    )
+
+
+def _unambiguous(table: pa.Table) -> None:
+    names = table.column_names
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise AmbiguousColumns(f"the source has several columns named {twice}: keep one of each")
+
+
+def _note(
+    field: Field, bad: np.ndarray | None, malformed: dict[str, np.ndarray], broken: list[Broken]
+) -> None:
+    if bad is not None and bad.any():
+        malformed[field.name] = bad
+        broken.append(Broken(rules.rule_id(field.name, rules.TYPE), np.flatnonzero(bad)))
+
+
+def _typed(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _typed(field, column.dictionary_decode())
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    whole = pa.types.is_integer(kind)
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column), _arrow(field)), None
+    if field.type is FieldType.STRING and text:
+        return column.cast(pa.string()), None
+    if field.type is FieldType.FLOAT and (whole or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+        return column.cast(pa.float64(), safe=False), None
+    if field.type is FieldType.INTEGER and whole:
+        if kind != pa.uint64():
+            return column.cast(pa.int64()), None
+        return _keep(column, pc.less_equal(column, pa.scalar(rules.INT64_MAX, pa.uint64())), pa.int64())
+    if field.type is FieldType.BOOLEAN and pa.types.is_boolean(kind):
+        return column, None
+    if field.type is FieldType.TIMESTAMP and text:
+        return _text(field, column.cast(pa.string()))
+    if field.type is FieldType.TIMESTAMP and pa.types.is_timestamp(kind) and kind.tz is not None:
+        return _instants(column)
+    return pa.nulls(len(column), _arrow(field)), _mask(column.is_valid())
+
+
+def _instants(column: pa.TimestampArray) -> tuple[pa.Array, np.ndarray | None]:
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    counts = column.cast(pa.int64())
+    fits = pc.and_(
+        pc.greater_equal(
+            counts, -(-rules.EARLIEST_US * per_second // 10**6) if per_second <= 10**6 else rules.INT64_MIN
+        ),
+        pc.less_equal(
+            counts, rules.LATEST_US * per_second // 10**6 if per_second <= 10**6 else rules.INT64_MAX
+        ),
+    )
+    if per_second == 10**9:  # finer than microseconds cannot be kept
+        fits = pc.equal(pc.multiply(pc.divide(counts, 1000), 1000), counts)
+    return _keep(column, fits, INSTANT)
+
+
+def _text(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
+    if field.type is FieldType.STRING:
+        return column, None
+    pattern, parse = _TEXT[field.type]
+    fits = pc.match_substring_regex(column, rf"\A(?:{pattern})\z")
+    try:
+        return _keep(column, fits, _arrow(field), instants=field.type is FieldType.TIMESTAMP)
+    except pa.ArrowInvalid:  # text of the right shape that is no value (30 February, 20 digits): one by one
+        values = [
+            parse(v) if ok else None for v, ok in zip(column.to_pylist(), fits.to_pylist(), strict=True)
+        ]
+        typed, _ = _values(field, values)
+        return typed, _mask(pc.and_(column.is_valid(), typed.is_null()))
+
+
+def _keep(
+    column: pa.Array, fits: pa.BooleanArray, kind: pa.DataType, *, instants: bool = False
+) -> tuple[pa.Array, np.ndarray | None]:
+    """Casts the values that fit; the others become null and bad. Nulls stay nulls."""
+    if pc.all(fits, skip_nulls=True, min_count=0).as_py():
+        typed, bad = column.cast(kind), None
+    else:
+        typed = pc.if_else(fits, column, pa.scalar(None, column.type)).cast(kind)
+        bad = _mask(pc.and_(column.is_valid(), pc.invert(fits)))
+    if (
+        instants
+        and (extent := pc.max(typed.cast(pa.int64())).as_py()) is not None
+        and extent > rules.LATEST_US
+    ):
+        raise pa.ArrowInvalid("an instant beyond the year 9999")
+    return typed, bad
+
+
+def _values(field: Field, values: list[Any]) -> tuple[pa.Array, np.ndarray | None]:
+    """One column of JSON values; values of exactly the right Python types take the fast way."""
+    kinds = set(map(type, values))
+    kinds.discard(type(None))
+    if kinds <= _KINDS[field.type]:
+        try:
+            return pa.array(values, _arrow(field)), None
+        except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):
+            pass  # a huge integer or a lone surrogate: find out which below
+    convert = _CONVERT[field.type]
+    typed = [None if value is None else convert(value) for value in values]
+    bad = np.fromiter(
+        (t is None and v is not None for t, v in zip(typed, values, strict=True)),
+        dtype=bool,
+        count=len(values),
+    )
+    if field.type is FieldType.TIMESTAMP:
+        moments = [None if t is None else to_microseconds(t) for t in typed]
+        return pa.array(moments, pa.int64()).cast(INSTANT), bad
+    return pa.array(typed, _arrow(field)), bad
+
+
+def _to_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer that no double reaches
+        return None
+
+
+def _to_integer(value: Any) -> int | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and rules.INT64_MIN <= value <= rules.INT64_MAX else None
+
+
+_CONVERT: dict[FieldType, Callable[[Any], Any]] = {
+    FieldType.STRING: lambda value: value if isinstance(value, str) and rules.is_text(value) else None,
+    FieldType.FLOAT: _to_float,
+    FieldType.INTEGER: _to_integer,
+    FieldType.BOOLEAN: lambda value: value if isinstance(value, bool) else None,
+    FieldType.TIMESTAMP: rules.instant,
+}
+
+
+def _arrow(field: Field) -> pa.DataType:
+    return {
+        FieldType.STRING: pa.string(),
+        FieldType.FLOAT: pa.float64(),
+        FieldType.INTEGER: pa.int64(),
+        FieldType.BOOLEAN: pa.bool_(),
+        FieldType.TIMESTAMP: INSTANT,
+    }[field.type]
+
+
+def _other_unit(field: Field, given: pa.Field) -> bool:
+    declared = (given.metadata or {}).get(b"unit")
+    return declared is not None and field.unit is not None and declared != field.unit.encode()
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _mask(values: pa.BooleanArray) -> np.ndarray:
+    mask: np.ndarray = values.fill_null(False).to_numpy(zero_copy_only=False)
+    return mask
+
+
+def _table_rows(table: pa.Table, places: np.ndarray) -> list[str]:
+    taken = table.take(pa.array(places, pa.int64()))
+    shown = []
+    for column in taken.columns:
+        if pa.types.is_temporal(column.type):  # as text: Python cannot hold every moment that Arrow can
+            column = column.cast(pa.string())
+        shown.append(column.to_pylist())
+    names = taken.column_names
+    return [rules.as_json(dict(zip(names, row, strict=True))) for row in zip(*shown, strict=True)]

@@ -1,0 +1,234 @@
+"""The contract's row rules compiled for one record at a time: pydantic decides, and says which rules broke.
+
+For every record the verdict and the rule ids are those of ``pipelines.contracts.rows``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, NotRequired, cast
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    PlainValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic import Field as PydanticField
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from pipelines.contracts import rules
+from pipelines.contracts.events import from_microseconds, to_microseconds
+from pipelines.spec import Contract, Field, FieldType
+
+_CUSTOM = "contract_rules"
+_KINDS = {
+    "missing": rules.MISSING,
+    "float_type": rules.TYPE,
+    "int_type": rules.TYPE,
+    "bool_type": rules.TYPE,
+    "string_type": rules.TYPE,
+    "finite_number": rules.FINITE,
+    "greater_than_equal": rules.MINIMUM,
+    "less_than_equal": rules.MAXIMUM,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule of one record: the field (or unknown key), the rule id, and what to change."""
+
+    field: str
+    rule: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RecordModel:
+    """The compiled rules of some fields of a contract; ``adapter`` yields the typed record."""
+
+    name: str
+    contract: Contract
+    fields: tuple[Field, ...]
+    adapter: TypeAdapter[Any]
+
+    def json_schema(self) -> dict[str, Any]:
+        """The JSON Schema of one record, for the API's description."""
+        return {**self.adapter.json_schema(), "title": self.name}
+
+
+def compile_model(
+    contract: Contract, fields: Sequence[str] | None = None, name: str | None = None
+) -> RecordModel:
+    """Compiles the rules of ``fields`` (all of them by default); any other key is then unknown.
+
+    Raises ``KeyError`` for a name that the contract does not have.
+    """
+    chosen = contract.fields if fields is None else tuple(contract.field(f) for f in fields)
+    title = name or contract.name
+    typed = TypedDict(title, {f.name: _annotation(f) for f in chosen})  # type: ignore[misc]
+    typed.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    return RecordModel(name=title, contract=contract, fields=chosen, adapter=TypeAdapter(typed))
+
+
+def check_record(
+    model: RecordModel, record: Any, now_us: int
+) -> tuple[dict[str, Any], list[Problem]] | tuple[None, list[Problem]]:
+    """The typed record, or None and every rule it breaks, in contract order.
+
+    Floats, integers, strings and booleans come as Python's, timestamps as UTC datetimes, an absent nullable
+    field as None. The contract's time field may not be later than ``now_us`` plus ``contract.future``.
+    """
+    try:
+        typed = model.adapter.validator.validate_python(record)
+    except ValidationError as error:
+        return None, _problems(model, record, now_us, error)
+    time = typed.get(model.contract.time)
+    if time is not None and (late := _future(model, time, now_us)):
+        return None, [late]
+    return {f.name: typed.get(f.name) for f in model.fields}, []
+
+
+def _annotation(field: Field) -> Any:
+    low, high = rules.bounds(field)
+    kind: Any
+    if field.type is FieldType.FLOAT:
+        kind = Annotated[StrictFloat, PydanticField(ge=low, le=high, allow_inf_nan=False)]
+    elif field.type is FieldType.INTEGER:
+        low = rules.INT64_MIN if low is None else max(low, rules.INT64_MIN)
+        high = rules.INT64_MAX if high is None else min(high, rules.INT64_MAX)
+        kind = Annotated[StrictInt, PydanticField(ge=low, le=high)]
+    elif field.type is FieldType.BOOLEAN:
+        kind = StrictBool
+    elif field.type is FieldType.TIMESTAMP:
+        kind = Annotated[
+            datetime, PlainValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})
+        ]
+    else:
+        extra = {
+            "pattern": None if field.pattern is None else f"^(?:{field.pattern})$",
+            "enum": list(field.allowed) if field.allowed is not None else None,
+        }
+        shown = {key: value for key, value in extra.items() if value is not None}
+        kind = Annotated[
+            str, AfterValidator(_string_rules(field)), PydanticField(json_schema_extra=cast(Any, shown))
+        ]
+    text = "; ".join(part for part in (field.description, f"in {field.unit}" if field.unit else "") if part)
+    kind = Annotated[kind | None if field.nullable else kind, PydanticField(description=text or None)]
+    return NotRequired[kind] if field.nullable else kind
+
+
+def _instant(value: Any) -> datetime:
+    moment = rules.instant(value)
+    if moment is None:
+        raise _broken(rules.TYPE)
+    return moment
+
+
+def _string_rules(field: Field) -> Callable[[str], str]:
+    matches = re.compile(field.pattern).fullmatch if field.pattern is not None else None
+    allowed = frozenset(field.allowed) if field.allowed is not None else None
+
+    def check(value: str) -> str:
+        if not rules.is_text(value):
+            raise _broken(rules.TYPE)
+        outside = allowed is not None and value not in allowed
+        if matches is not None and matches(value) is None:
+            raise _broken(rules.PATTERN, *([rules.ALLOWED] if outside else []))
+        if outside:
+            raise _broken(rules.ALLOWED)
+        return value
+
+    return check
+
+
+def _broken(*kinds: str) -> PydanticCustomError:
+    return PydanticCustomError(_CUSTOM, "breaks the contract", {"kinds": kinds})
+
+
+def _problems(model: RecordModel, record: Any, now_us: int, error: ValidationError) -> list[Problem]:
+    if not isinstance(record, dict):
+        return [Problem("", rules.ROW_UNREADABLE, f"a record must be a JSON object, not {_shown(record)}")]
+    known = {f.name: f for f in model.fields}
+    unknown = {
+        rule: Problem(
+            rule.removesuffix(f".{rules.UNKNOWN}"), rule, f"there is no such field; there are {[*known]}"
+        )
+        for rule in {rules.unknown_id(key) for key in record if key not in known}
+    }
+    problems = dict(unknown)
+    if unknown:  # pydantic may give up at a key that is no text, so the known fields are judged by themselves
+        try:
+            model.adapter.validator.validate_python({key: record[key] for key in record if key in known})
+        except ValidationError as narrowed:
+            error = narrowed
+        else:
+            error = ValidationError.from_exception_data(model.name, [])
+    for detail in error.errors(include_url=False, include_context=True):
+        field = known[str(detail["loc"][0])]
+        for kind in _kinds(detail):
+            rule = rules.rule_id(field.name, kind)
+            problems[rule] = Problem(field.name, rule, _message(field, kind, record.get(field.name)))
+    if model.contract.time in known:
+        time = rules.instant(record.get(model.contract.time))
+        if time is not None and (late := _future(model, time, now_us)):
+            problems[late.rule] = late
+    return [problems[rule] for rule in rules.in_order(model.contract, problems)]
+
+
+def _kinds(detail: Any) -> tuple[str, ...]:
+    value, kind = detail["input"], detail["type"]
+    if value is None:
+        return (rules.MISSING,)
+    if kind == _CUSTOM:
+        kinds: tuple[str, ...] = detail["ctx"]["kinds"]
+        return kinds
+    if isinstance(value, int) and not rules.INT64_MIN <= value <= rules.INT64_MAX and "than_equal" in kind:
+        return (rules.TYPE,)
+    return (_KINDS[kind],)
+
+
+def _future(model: RecordModel, time: datetime, now_us: int) -> Problem | None:
+    latest = rules.latest_us(model.contract, now_us)
+    if to_microseconds(time) <= latest:
+        return None
+    name = model.contract.time
+    limit = from_microseconds(latest).isoformat()
+    return Problem(name, rules.rule_id(name, rules.FUTURE), f"{name} {time.isoformat()} lies after {limit}")
+
+
+def _message(field: Field, kind: str, value: Any) -> str:
+    unit = f" {field.unit}" if field.unit else ""
+    wants = {
+        rules.MISSING: "must be given and not null",
+        rules.TYPE: f"must be {_WANTED[field.type]}",
+        rules.FINITE: "must be a finite number",
+        rules.MINIMUM: f"must be at least {field.minimum}{unit}",
+        rules.MAXIMUM: f"must be at most {field.maximum}{unit}",
+        rules.PATTERN: f"must match {field.pattern!r} as a whole",
+        rules.ALLOWED: f"must be one of {list(field.allowed or ())}",
+    }
+    return f"{field.name} {wants[kind]}" + ("" if kind == rules.MISSING else f", got {_shown(value)}")
+
+
+_WANTED = {
+    FieldType.STRING: "a string of valid text",
+    FieldType.FLOAT: "a number",
+    FieldType.INTEGER: "a whole number of 64 bits",
+    FieldType.BOOLEAN: "true or false",
+    FieldType.TIMESTAMP: "an RFC 3339 instant with a zone, to the microsecond, such as 2026-01-31T06:00:00Z",
+}
+
+
+def _shown(value: Any) -> str:
+    text = rules.as_json(value)
+    return text if len(text) <= 60 else text[:57] + "..."

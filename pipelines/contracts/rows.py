@@ -1,0 +1,138 @@
+"""The contract's row rules compiled to Arrow: a clean column costs a pass, a bad row gets all its rules.
+
+For every record the verdict and the rule ids are those of ``pipelines.contracts.requests``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.contracts import rules
+from pipelines.contracts.parsing import Broken, Parsed, from_arrow, from_records, from_text
+from pipelines.spec import Contract, Field, FieldType
+
+__all__ = ["Broken", "Parsed", "RowVerdict", "check", "from_arrow", "from_records", "from_text"]
+
+
+@dataclass(frozen=True)
+class RowVerdict:
+    """``accepted`` is bool[n]; ``broken`` the broken rules in contract order, each with its rows."""
+
+    accepted: np.ndarray
+    broken: tuple[Broken, ...]
+
+    def rules_of(self, row: int) -> tuple[str, ...]:
+        """Every rule that one row breaks, in contract order."""
+        found = []
+        for broken in self.broken:
+            place = np.searchsorted(broken.rows, row)
+            if place < len(broken.rows) and broken.rows[place] == row:
+                found.append(broken.rule)
+        return tuple(found)
+
+    def rules_column(self) -> pa.ListArray:
+        """The rules of every refused row, in row order: list<string>, one element a refused row."""
+        if not self.broken:
+            return pa.array([], pa.list_(pa.string()))
+        rows = np.concatenate([broken.rows for broken in self.broken])
+        codes = np.repeat(np.arange(len(self.broken)), [len(broken.rows) for broken in self.broken])
+        order = np.argsort(rows, kind="stable")  # stable: contract order within a row
+        _, counts = np.unique(rows, return_counts=True)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        names = pa.array([broken.rule for broken in self.broken], pa.string())
+        return pa.ListArray.from_arrays(pa.array(offsets), names.take(pa.array(codes[order])))
+
+
+def check(contract: Contract, parsed: Parsed, now_us: int) -> RowVerdict:
+    """Judges every row against the clock's time ``now_us``: none may be later than that plus ``future``."""
+    found = list(parsed.broken)
+    for field in contract.fields:
+        column = parsed.table.column(field.name)
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        bad = parsed.malformed.get(field.name)
+        for rule, mask in _field_rules(contract, field, column, bad, now_us):
+            if mask.any():
+                found.append(Broken(rules.rule_id(field.name, rule), np.flatnonzero(mask)))
+    if parsed.unreadable is not None:  # a row without fields breaks no field's rule
+        found = [
+            b if b.rule == rules.ROW_UNREADABLE else Broken(b.rule, b.rows[~parsed.unreadable[b.rows]])
+            for b in found
+        ]
+    by_rule = {b.rule: b for b in found if len(b.rows)}
+    accepted = np.ones(parsed.table.num_rows, dtype=bool)
+    for broken in by_rule.values():
+        accepted[broken.rows] = False
+    return RowVerdict(accepted, tuple(by_rule[rule] for rule in rules.in_order(contract, by_rule)))
+
+
+def _field_rules(
+    contract: Contract, field: Field, column: pa.Array, malformed: np.ndarray | None, now_us: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    if column.null_count and not field.nullable:
+        nulls = column.is_null().to_numpy(zero_copy_only=False)
+        yield rules.MISSING, nulls if malformed is None else nulls & ~malformed
+    if column.null_count == len(column):
+        return
+    if field.type in (FieldType.FLOAT, FieldType.INTEGER):
+        yield from _number_rules(field, column)
+    elif field.type is FieldType.STRING:
+        yield from _string_rules(field, column)
+    elif field.name == contract.time:
+        latest = rules.latest_us(contract, now_us)
+        moments = column.cast(pa.int64())
+        if pc.max(moments).as_py() > latest:
+            yield rules.FUTURE, moments.fill_null(latest).to_numpy(zero_copy_only=False) > latest
+
+
+def _number_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
+    low, high = rules.bounds(field)
+    # A finite sum means finite values; a sum that overflowed only costs the slower look.
+    clean = field.type is FieldType.INTEGER or math.isfinite(pc.sum(column).as_py())
+    if clean and (low is not None or high is not None):
+        extent = pc.min_max(column).as_py()
+        inside = (low is None or extent["min"] >= low) and (high is None or extent["max"] <= high)
+    else:
+        inside = clean
+    if inside:
+        return
+    judged = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.fill_null(0).to_numpy(zero_copy_only=False)
+    if not clean:
+        finite = np.isfinite(values)
+        yield rules.FINITE, judged & ~finite
+        judged = judged & finite
+    if low is not None:
+        yield rules.MINIMUM, judged & (values < low)
+    if high is not None:
+        yield rules.MAXIMUM, judged & (values > high)
+
+
+def _string_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
+    if field.pattern is None and field.allowed is None:
+        return
+    # Python's own `re` on the distinct values: RE2 gives \d, \s and $ other meanings than requests.py has.
+    encoded = column.dictionary_encode()
+    distinct = encoded.dictionary.to_pylist()
+    indices: np.ndarray | None = None
+    for rule, bad in _bad_strings(field, distinct):
+        if not any(bad):
+            continue
+        if indices is None:
+            indices = encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
+        yield rule, np.array([*bad, False])[indices]
+
+
+def _bad_strings(field: Field, distinct: list[str]) -> Iterator[tuple[str, list[bool]]]:
+    if field.pattern is not None:
+        matches = re.compile(field.pattern).fullmatch
+        yield rules.PATTERN, [matches(value) is None for value in distinct]
+    if field.allowed is not None:
+        allowed = frozenset(field.allowed)
+        yield rules.ALLOWED, [value not in allowed for value in distinct]

@@ -1,0 +1,125 @@
+"""What each row rule means, said once for both engines: its id, its place in the order, bounds, instants.
+
+A broken rule is named ``<field>.<rule>``. Limits ignore nulls and values that already
+broke ``type`` or ``finite``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pipelines.contracts.events import to_microseconds
+from pipelines.spec import Contract, Field, FieldType
+
+MISSING, TYPE, FINITE, MINIMUM, MAXIMUM = "missing", "type", "finite", "minimum", "maximum"
+PATTERN, ALLOWED, FUTURE, UNIT, UNKNOWN = "pattern", "allowed", "future", "unit", "unknown"
+_ORDER = (MISSING, TYPE, FINITE, MINIMUM, MAXIMUM, PATTERN, ALLOWED, FUTURE, UNIT)
+
+ROW_UNREADABLE = "row.unreadable"  # not a JSON object, or a CSV line with another number of cells
+FILE_UNREADABLE = "file.unreadable"
+KEY_DUPLICATE = "key.duplicate"
+LOAD_REFUSED = "load.refused"
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+# RFC 3339 with a zone, at most microseconds, of years from 1000 on (Python and Arrow disagree about year 0).
+# Both engines match this text first, in syntax that Python's re and RE2 read alike.
+INSTANT_TEXT = (
+    r"[1-9][0-9]{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])[T ]"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6}0{0,3})?"
+    r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+)
+_INSTANT = re.compile(INSTANT_TEXT)
+EARLIEST_US = to_microseconds(datetime.min.replace(tzinfo=UTC))
+LATEST_US = to_microseconds(datetime.max.replace(tzinfo=UTC))
+
+
+def rule_id(field: str, rule: str) -> str:
+    """``<field>.<rule>``."""
+    return f"{field}.{rule}"
+
+
+def unknown_id(name: Any) -> str:
+    """The rule that a key or column outside the contract breaks; any key becomes valid, bounded UTF-8."""
+    text = str(name)
+    text = text if len(text) <= 100 else text[:100] + "…"
+    return rule_id(text.encode("utf-8", "backslashreplace").decode(), UNKNOWN)
+
+
+def in_order(contract: Contract, rules: Iterable[str]) -> list[str]:
+    """Rule ids in the order of the contract's fields, then unknown names by the alphabet."""
+    places = {field.name: place for place, field in enumerate(contract.fields)}
+
+    def rank(rule: str) -> tuple[int, int, str]:
+        name, _, kind = rule.rpartition(".")
+        if kind == UNKNOWN or name not in places or kind not in _ORDER:
+            return len(places), 0, rule
+        return places[name], _ORDER.index(kind), rule
+
+    return sorted(rules, key=rank)
+
+
+def instant(value: Any) -> datetime | None:
+    """The UTC datetime of RFC 3339 text with a zone or of an aware datetime; None for anything else."""
+    if isinstance(value, str):
+        if _INSTANT.fullmatch(value) is None:
+            return None
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:  # the thirtieth of February
+            return None
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        return None
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:  # its UTC moment lies outside of years 1 to 9999
+        return None
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be stored as UTF-8: a lone surrogate cannot."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bounds(field: Field) -> tuple[float | int | None, float | int | None]:
+    """Inclusive limits as the field's own type, so that integers are compared exactly."""
+    low, high = field.minimum, field.maximum
+    if field.type is not FieldType.INTEGER:
+        return low, high
+    return (
+        None if low is None else _clamp(low, math.ceil),
+        None if high is None else _clamp(high, math.floor),
+    )
+
+
+def _clamp(limit: float, rounded: Callable[[float], int]) -> int:
+    # Beyond 64 bits every integer is on one side: one step outside the range says the same.
+    if limit > INT64_MAX:
+        return INT64_MAX + 1
+    if limit < INT64_MIN:
+        return INT64_MIN - 1
+    return rounded(limit)
+
+
+def latest_us(contract: Contract, now_us: int) -> int:
+    """The newest event time that is not in the future, in microseconds since the epoch."""
+    return now_us + contract.future // timedelta(microseconds=1)
+
+
+def as_json(record: Any) -> str:
+    """A record as ASCII JSON that shows every value, NaN and huge integers included."""
+    try:
+        return json.dumps(record, default=str)
+    except (TypeError, ValueError):  # what no JSON text ever held: other keys, a cycle, 5,000 digits
+        return json.dumps(f"a {type(record).__name__} that JSON cannot show")

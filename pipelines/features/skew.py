@@ -1,0 +1,174 @@
+"""The skew audit: recomputes what was served from the events table and compares it to the last bit.
+
+Each logged prediction says which state it read: a generation (rows of one version of the events table) and a log
+sequence. From those rows alone its features are made again by the offline side.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.tables import Tables
+from pipelines.contracts.events import INSTANT, SEQUENCE
+from pipelines.features import derived
+from pipelines.features.offline import by_entity, events_table, sweep, take
+from pipelines.features.online import NO_TABLE
+from pipelines.features.served import inputs_of
+from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns
+from pipelines.spec import UseCase
+
+_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One served value that is not the recomputed one."""
+
+    prediction_id: str
+    feature: str
+    served: float
+    recomputed: float
+
+
+@dataclass(frozen=True)
+class SkewReport:
+    """What an audit found. ``mismatched`` counts predictions, ``by_feature`` their differing values.
+
+    ``pending`` predictions read events that are not drained to the table yet, ``foreign`` ones were made by
+    another view or model definition than the present page; neither is checked.
+    """
+
+    checked: int
+    mismatched: int
+    pending: int
+    foreign: int
+    by_feature: dict[str, int] = field(default_factory=dict)
+    examples: tuple[Difference, ...] = ()
+
+
+def audit(
+    use_case: UseCase,
+    predictions: pa.Table,
+    *,
+    tables: Tables,
+    generations: Callable[[int], int],
+) -> SkewReport:
+    """Recomputes stored and numeric columns of ``predictions`` (``SERVED_SCHEMA``) from the events table.
+
+    ``generations`` gives the table version of a generation (``OnlineState.generation``). NaN equals NaN; anything
+    else must have the same bits. The log's JSON has no infinities, so one counts as NaN.
+    """
+    plan = compile_plan(use_case.view, use_case.contract)
+    width = len(use_case.model.numeric)
+    mine = pc.and_(
+        pc.equal(predictions.column("view"), plan.fingerprint),
+        pc.equal(pc.list_value_length(predictions.column("numeric")), width),
+    )
+    ours = predictions.filter(mine)
+    source = events_table(use_case)
+    version = tables.version(source)  # one snapshot for everything that follows
+    drained = pc.max(tables.read(source, version=version, columns=[SEQUENCE]).column(SEQUENCE)).as_py() or 0
+    ready = ours.filter(pc.less_equal(ours.column("sequence"), drained))
+    by_feature: Counter[str] = Counter()
+    examples: list[Difference] = []
+    mismatched = 0
+    for generation in sorted(ready.column("generation").unique().to_pylist()):
+        part = ready.filter(pc.equal(ready.column("generation"), generation))
+        events = _visible(plan, tables, source, version, generations(generation), part)
+        stored = _recompute(plan, events, part)
+        numeric = _numeric(use_case, stored, part)
+        names = (*plan.features, *use_case.model.numeric)
+        served = np.column_stack(
+            [_matrix(part, "stored", len(plan.features)), _matrix(part, "numeric", width)]
+        )
+        served = np.where(np.isfinite(served), served, np.nan)
+        again = np.column_stack([stored, numeric])
+        again = np.where(np.isfinite(again), again, np.nan)
+        differs = different_bits(served, again)
+        mismatched += int(differs.any(axis=1).sum())
+        ids = part.column("prediction_id").to_pylist()
+        for row, column in np.argwhere(differs).tolist():
+            by_feature[names[column]] += 1
+            if len(examples) < _EXAMPLES:
+                examples.append(
+                    Difference(ids[row], names[column], float(served[row, column]), float(again[row, column]))
+                )
+    return SkewReport(
+        checked=ready.num_rows,
+        mismatched=mismatched,
+        pending=ours.num_rows - ready.num_rows,
+        foreign=predictions.num_rows - ours.num_rows,
+        by_feature=dict(by_feature),
+        examples=tuple(examples),
+    )
+
+
+def different_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Where two float64 arrays differ in any bit, NaN being equal to NaN."""
+    bits = np.ascontiguousarray(left).view(np.int64) != np.ascontiguousarray(right).view(np.int64)
+    return bits & ~(np.isnan(left) & np.isnan(right))
+
+
+@dataclass(frozen=True)
+class _Visible:
+    """Rows of a generation's table version (rank 0) and the log's rows after it (rank: their sequence)."""
+
+    columns: EventColumns
+    ranks: np.ndarray
+
+
+def _visible(plan: Plan, tables: Tables, source: str, version: int, base: int, part: pa.Table) -> _Visible:
+    wanted = pc.field(plan.contract.entity).isin(part.column("entity").unique())
+    newest = tables.read(source, version=version, filter=wanted)
+    if base == NO_TABLE:
+        rows, before = newest.slice(0, 0), 0
+    else:
+        rows = tables.read(source, version=base, filter=wanted)
+        held = tables.read(source, version=base, columns=[SEQUENCE]).column(SEQUENCE)
+        before = pc.max(held).as_py() or 0
+    later = newest.filter(pc.greater(newest.column(SEQUENCE), before))
+    ranks = np.concatenate([np.zeros(rows.num_rows, np.int64), later.column(SEQUENCE).to_numpy()])
+    return _Visible(event_columns(plan, pa.concat_tables([rows, later])), ranks)
+
+
+def _recompute(plan: Plan, visible: _Visible, part: pa.Table) -> np.ndarray:
+    """Stored features of every row of ``part``, float64[n, s]."""
+    sequences = part.column("sequence").to_numpy()
+    moments = part.column("_time").cast(INSTANT).cast(pa.int64()).to_numpy()
+    asked = np.array(part.column("entity").to_pylist(), dtype=object)
+    columns = visible.columns
+    kept = np.flatnonzero(eligible(plan, columns))
+    order = kept[np.lexsort((columns.orders[kept], columns.times[kept], visible.ranks[kept]))]
+    rows_of = dict(by_entity(columns, order))
+    answer = np.empty((part.num_rows, len(plan.features)))
+    for entity in set(asked.tolist()):
+        reads = np.flatnonzero(asked == entity)
+        reads = reads[np.argsort(sequences[reads], kind="stable")]
+        mine = rows_of.get(entity, np.zeros(0, np.int64))
+        cuts = np.searchsorted(visible.ranks[mine], sequences[reads], side="right").astype(np.int64)
+        answer[reads] = sweep(plan, take(columns, mine), cuts, moments[reads]).values
+    return answer
+
+
+def _numeric(use_case: UseCase, stored: np.ndarray, part: pa.Table) -> np.ndarray:
+    """The model's numeric columns of every row, float64[n, columns]."""
+    moments = part.column("_time").cast(INSTANT).cast(pa.int64()).to_numpy()
+    columns = derived.columns(use_case.view, stored, inputs_of(use_case, part), moments)
+    return np.column_stack([columns[name] for name in use_case.model.numeric])
+
+
+def _matrix(part: pa.Table, name: str, width: int) -> np.ndarray:
+    """A list column of equal lengths as float64[n, width]."""
+    return (
+        part.column(name)
+        .combine_chunks()
+        .flatten()
+        .to_numpy(zero_copy_only=False)
+        .reshape(part.num_rows, width)
+    )

@@ -1,0 +1,242 @@
+"""Bulk ingest: files to the events table, each load once, with rows in = accepted + quarantined.
+
+``python -m pipelines.ingest USECASE SOURCE… [--load-id ID]`` is the job; its last line is a JSON report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+from cluster.clock import Clock, SystemClock, open_clock
+from cluster.database import Database
+from cluster.filesystems import open_filesystem
+from cluster.log import DurableLog
+from cluster.settings import Settings
+from cluster.tables import DataFile, Tables
+from pipelines import usecases
+from pipelines.contracts import enforce, events, sources
+from pipelines.contracts.datasets import Manifest, publishable, reconcile
+from pipelines.contracts.leases import events_lease
+from pipelines.spec import UseCase
+from pipelines.spec.base import fingerprint
+
+Status = Literal["published", "refused", "already_published", "already_refused"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did. ``by_source`` gives rows_in, accepted and quarantined of each file."""
+
+    load_id: str
+    status: Status
+    rows_in: int
+    accepted: int
+    quarantined: int
+    by_rule: dict[str, int]
+    by_source: dict[str, dict[str, int]]
+    events_version: int
+    quarantine_version: int
+    seconds: float
+
+
+def ingest(
+    use_case: UseCase,
+    names: Sequence[str],
+    *,
+    tables: Tables,
+    database: Database,
+    settings: Settings,
+    clock: Clock,
+    load_id: str | None = None,
+    engine: Literal["auto", "arrow", "ray"] = "auto",
+    log: DurableLog | None = None,
+) -> LoadReport:
+    """Loads files, directories or s3:// URIs of .parquet, .csv and .jsonl into the use case's events table.
+
+    A load is known by ``load_id`` (by default a hash of names and contents): one that ended before is only
+    reported, one that was interrupted is completed as if it had not been. When more than the contract's
+    share of rows is refused no event is published; all its rows are in the quarantine. ``auto`` takes Ray above
+    ``settings.ray_rows`` rows if this process is connected to it. With ``log``, ingest over HTTP on this node
+    will know the load's recent event ids.
+
+    Events are committed before the quarantine: the two markers then tell an interrupted load's decision.
+    """
+    began = time.monotonic()
+    options = tables.storage_options
+    found = sources.find(names, options)
+    load_id = load_id or sources.identity(use_case.contract, use_case.name, found, options)
+    event_table, quarantine_table = enforce.events_table(use_case), enforce.quarantine_table(use_case)
+    tables.ensure(event_table, events.events_schema(use_case.contract), [events.BUCKET])
+    tables.ensure(quarantine_table, events.QUARANTINE_SCHEMA)
+    load = database.begin_load(load_id, use_case.name, event_table, clock.now())
+    if load.manifest is not None:
+        done = {**load.manifest, "status": f"already_{load.status}", "seconds": time.monotonic() - began}
+        return LoadReport(**done)
+    staging = f"{tables.url}/_staging/{fingerprint(load_id)}"
+    context = enforce.LoadContext(
+        contract=use_case.contract,
+        events=event_table,
+        quarantine=quarantine_table,
+        load_id=load_id,
+        as_of_us=load.as_of_us,
+        tables=tables,
+        staging=f"{staging}/{uuid.uuid4().hex}",
+        names=tuple(source.name for source in found),
+        buckets=settings.buckets,
+    )
+    chosen = _engine(engine, found, settings, options)
+    splits = sources.split(found, options)
+    staged = _whole_files(context, enforce.run(chosen, partial(enforce.stage, context), splits))
+    work = _buckets(staged)
+    holder = f"load/{load_id}/{uuid.uuid4().hex}"
+    with events_lease(database, use_case, holder) as still_held:
+        report = _publish(context, chosen, staged, work, still_held)
+    report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
+    if log is not None and report.status == "published":
+        _remember(context, log, settings, work)
+    ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
+    database.finish_load(load_id, ended, asdict(report))
+    filesystem, path = open_filesystem(staging, options)
+    filesystem.delete_dir_contents(path, missing_dir_ok=True)
+    return report
+
+
+def _publish(
+    context: enforce.LoadContext,
+    engine: enforce.Engine,
+    staged: list[enforce.Staged],
+    work: list[enforce.Bucket],
+    still_held: Any,
+) -> LoadReport:
+    tables, marker = context.tables, f"load/{context.load_id}"
+    version = tables.version(context.events)
+    committed = tables.marker(context.events, marker) is not None
+    decided = tables.marker(context.quarantine, marker) is not None
+
+    def settle(mode: Literal["publish", "refuse", "recover"]) -> tuple[list[enforce.Settled], Manifest]:
+        function = partial(enforce.settle, context, mode=mode, version=version)
+        settled: list[enforce.Settled] = enforce.run(engine, function, work)
+        counts = [*(s.by_rule for s in staged), *(s.by_rule for s in settled)]
+        pairs = [pair for count in counts for pair in count.items()]
+        return settled, reconcile(enforce.by_source(context, staged, settled), pairs)
+
+    refused = decided and not committed  # a refused load has only the quarantine's marker
+    settled, manifest = settle("recover" if committed else "refuse" if refused else "publish")
+    if not committed and not refused and not publishable(context.contract, manifest.total):
+        refused = True
+        settled, manifest = settle("refuse")
+    still_held()
+    if not refused:
+        version = tables.commit(context.events, _files(s.events for s in settled), marker).version
+    refusals = _files([*(s.quarantine for s in staged), *(s.quarantine for s in settled)])
+    quarantine_version = tables.commit(context.quarantine, refusals, marker).version
+    return LoadReport(
+        load_id=context.load_id,
+        status="refused" if refused else "published",
+        rows_in=manifest.total.rows_in,
+        accepted=manifest.total.accepted,
+        quarantined=manifest.total.quarantined,
+        by_rule=manifest.by_rule,
+        by_source={name: asdict(tally) for name, tally in manifest.by_source.items()},
+        events_version=version,
+        quarantine_version=quarantine_version,
+        seconds=0.0,
+    )
+
+
+def _whole_files(context: enforce.LoadContext, staged: list[enforce.Staged]) -> list[enforce.Staged]:
+    """If one split of a file cannot be read, none of the file's rows is taken: it is one refused row."""
+    reasons = {part.order: part.unreadable for part in staged if part.unreadable is not None}
+    kept = [part for part in staged if part.order not in reasons]
+    return kept + [enforce.unreadable_file(context, order, reason) for order, reason in reasons.items()]
+
+
+def _buckets(staged: list[enforce.Staged]) -> list[enforce.Bucket]:
+    low = min((s.earliest_us for s in staged if s.earliest_us is not None), default=0)
+    high = max((s.latest_us for s in staged if s.latest_us is not None), default=0)
+    numbers = sorted({bucket for part in staged for bucket in part.files})
+    return [
+        enforce.Bucket(
+            number, tuple(part.files[number] for part in staged if number in part.files), low, high
+        )
+        for number in numbers
+    ]
+
+
+def _engine(
+    engine: Literal["auto", "arrow", "ray"],
+    found: list[sources.Source],
+    settings: Settings,
+    options: dict[str, str],
+) -> enforce.Engine:
+    if engine != "auto":
+        return engine
+    import ray
+
+    if not ray.is_initialized():
+        return "arrow"
+    return "ray" if sources.estimated_rows(found, options) > settings.ray_rows else "arrow"
+
+
+def _remember(
+    context: enforce.LoadContext, log: DurableLog, settings: Settings, work: list[enforce.Bucket]
+) -> None:
+    oldest_us = context.as_of_us - settings.remember_seconds * 1_000_000
+    for bucket in work:
+        ids = enforce.published_ids(context, bucket.bucket, oldest_us)
+        for start in range(0, len(ids), 10_000):  # short transactions: they hold the node's only writer lock
+            with log.transaction(SystemClock().now()) as transaction:
+                transaction.remember("events", [i.encode() for i in ids[start : start + 10_000]])
+
+
+def _files(files: Any) -> list[DataFile]:
+    return [file for file in files if file is not None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The job: 0 when the load is in the table, 1 when it was refused."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.ingest", description=__doc__)
+    parser.add_argument("usecase", choices=usecases.names())
+    parser.add_argument(
+        "sources", nargs="+", help="files, directories or s3:// URIs of .parquet, .csv, .jsonl"
+    )
+    parser.add_argument("--load-id", help="by default a hash of the files' names and contents")
+    parser.add_argument("--engine", choices=("auto", "arrow", "ray"), default="auto")
+    given = parser.parse_args(arguments)
+    settings = Settings.from_environment()
+    _join_cluster(settings, given.engine)
+    database = Database(settings.database_url)
+    database.create()
+    report = ingest(
+        usecases.load(given.usecase),
+        given.sources,
+        tables=Tables(settings.tables_url, settings.storage_options),
+        database=database,
+        settings=settings,
+        clock=open_clock(settings),
+        load_id=given.load_id,
+        engine=given.engine,
+    )
+    sys.stdout.write(json.dumps(asdict(report)) + "\n")
+    return 1 if report.status.endswith("refused") else 0
+
+
+def _join_cluster(settings: Settings, engine: str) -> None:
+    from cluster import session
+
+    running = session.current(settings)
+    if engine == "ray" or "RAY_JOB_ID" in os.environ or (running is not None and running.alive()):
+        session.connect(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

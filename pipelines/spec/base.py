@@ -1,0 +1,44 @@
+"""What every specification shares: frozen, closed to unknown keys, and a stable fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Spec(BaseModel):
+    """A frozen pydantic model that refuses unknown keys, so a misspelt option is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+_UNITS = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000))
+
+
+def microseconds(duration: timedelta) -> int:
+    """The duration in whole microseconds, exactly (``total_seconds`` would round long ones)."""
+    return (duration.days * 86_400 + duration.seconds) * 1_000_000 + duration.microseconds
+
+
+def duration_label(duration: timedelta) -> str:
+    """The shortest exact label of a duration: ``7d``, ``36h``, ``15m``, ``10s``, ``250us``.
+
+    It is part of feature names, so it must never change for a given duration.
+    """
+    total = microseconds(duration)
+    for unit, size in _UNITS:
+        if total and total % size == 0:
+            return f"{total // size}{unit}"
+    return f"{total}us"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that identify the text of ``parts`` (BLAKE2b, 64 bits)."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(repr(part).encode())
+        digest.update(b"\x00")
+    return digest.hexdigest()

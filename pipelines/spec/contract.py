@@ -1,0 +1,112 @@
+"""The contract: what one row of a source must be. Engines in ``pipelines.contracts`` enforce it."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field as PydanticField
+from pydantic import model_validator
+
+from pipelines.spec.base import Spec
+
+_NAME = r"^[a-z][a-z0-9_]*$"
+
+
+class FieldType(StrEnum):
+    """The types a field may have. A timestamp is an instant: it always carries a zone."""
+
+    STRING = "string"
+    FLOAT = "float64"
+    INTEGER = "int64"
+    BOOLEAN = "bool"
+    TIMESTAMP = "timestamp"
+
+
+class Field(Spec):
+    """One column. A null is allowed only where ``nullable``; every other limit ignores nulls.
+
+    ``minimum`` and ``maximum`` are inclusive, in ``unit``. ``pattern`` must match the whole string.
+    """
+
+    name: str = PydanticField(pattern=_NAME)
+    type: FieldType
+    nullable: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    pattern: str | None = None
+    allowed: tuple[str, ...] | None = None
+    unit: str | None = None
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _limits_fit_the_type(self) -> Self:
+        numeric = self.type in (FieldType.FLOAT, FieldType.INTEGER)
+        if not numeric and (self.minimum is not None or self.maximum is not None):
+            raise ValueError(f"field {self.name!r}: minimum and maximum need a number, not {self.type}")
+        if self.type is not FieldType.STRING and (self.pattern is not None or self.allowed is not None):
+            raise ValueError(f"field {self.name!r}: pattern and allowed need a string, not {self.type}")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(f"field {self.name!r}: minimum {self.minimum} exceeds maximum {self.maximum}")
+        if self.pattern is not None:
+            re.compile(self.pattern)
+        return self
+
+
+class Contract(Spec):
+    """The schema, limits, identity and time semantics of one source.
+
+    ``entity`` and ``time`` name fields. ``key`` names the fields that identify an event: two rows
+    with one key are one event told twice. ``delay`` is how long after its event time a bulk-loaded
+    row is taken to have become known. A row known later than ``lateness`` after its event time is
+    kept in the table and left out of features. A row whose time is more than ``future`` ahead of
+    the clock is refused. A load of which more than ``max_rejected_share`` is refused by row or key
+    rules is not published at all.
+    """
+
+    name: str = PydanticField(pattern=_NAME)
+    version: str = PydanticField(pattern=r"^\d+\.\d+\.\d+$")
+    owner: str
+    description: str = ""
+    fields: tuple[Field, ...]
+    entity: str
+    time: str
+    key: tuple[str, ...]
+    delay: timedelta = timedelta(0)
+    lateness: timedelta = timedelta(hours=1)
+    future: timedelta = timedelta(0)
+    max_rejected_share: float = PydanticField(default=0.05, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Self:
+        names = [field.name for field in self.fields]
+        if len(set(names)) != len(names):
+            raise ValueError(f"contract {self.name!r} names a field twice: {sorted(names)}")
+        for role, name in (("entity", self.entity), ("time", self.time), *(("key", k) for k in self.key)):
+            if name not in names:
+                raise ValueError(f"contract {self.name!r}: {role} {name!r} is not one of its fields {names}")
+            if self.field(name).nullable:
+                raise ValueError(f"contract {self.name!r}: {role} field {name!r} must not be nullable")
+        if not self.key:
+            raise ValueError(f"contract {self.name!r} needs a key: the fields that identify an event")
+        if self.field(self.time).type is not FieldType.TIMESTAMP:
+            raise ValueError(f"contract {self.name!r}: time field {self.time!r} must be a timestamp")
+        if self.field(self.entity).type is not FieldType.STRING:
+            raise ValueError(f"contract {self.name!r}: entity field {self.entity!r} must be a string")
+        if min(self.delay, self.lateness, self.future) < timedelta(0):
+            raise ValueError(f"contract {self.name!r}: delay, lateness and future must not be negative")
+        if self.delay > self.lateness:
+            raise ValueError(
+                f"contract {self.name!r}: delay {self.delay} exceeds lateness {self.lateness}, "
+                "so no bulk-loaded row could ever become a feature"
+            )
+        return self
+
+    def field(self, name: str) -> Field:
+        """The field of that name; ``KeyError`` names the contract and what it has."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(f"contract {self.name!r} has no field {name!r}; it has {[f.name for f in self.fields]}")

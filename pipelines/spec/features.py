@@ -1,0 +1,146 @@
+"""The feature view: what is computed for an entity at a moment. Engines are in ``pipelines.features``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any, Literal, Self
+from zoneinfo import ZoneInfo
+
+from pydantic import Field as PydanticField
+from pydantic import model_validator
+
+from pipelines.spec.base import Spec, duration_label, microseconds
+
+
+class Fold(StrEnum):
+    """The folds a window can compute over the non-null values of one field."""
+
+    COUNT = "count"
+    SUM = "sum"
+    MEAN = "mean"
+    MIN = "min"
+    MAX = "max"
+    STD = "std"
+    LAST = "last"
+
+
+class Window(Spec):
+    """Folds of ``field`` over a sawtooth window: its head is exact to the event, its tail moves by ``hop``.
+
+    At time t the window holds the events of the ``length / hop`` closed tiles before the tile of t,
+    and those of that open tile up to and including t. Tiles are aligned to the Unix epoch.
+    """
+
+    field: str
+    length: timedelta
+    hop: timedelta
+    folds: tuple[Fold, ...]
+
+    @model_validator(mode="after")
+    def _tiles_are_whole(self) -> Self:
+        if self.hop <= timedelta(0) or self.length <= timedelta(0) or self.length % self.hop:
+            raise ValueError(
+                f"window on {self.field!r}: length {self.length} must be a positive multiple of hop {self.hop}"
+            )
+        return self
+
+    @property
+    def tiles(self) -> int:
+        """How many closed tiles the window holds."""
+        return self.length // self.hop
+
+    def feature(self, fold: Fold) -> str:
+        """The name of one of its features, such as ``inflow_mean_7d``."""
+        return f"{self.field}_{fold}_{duration_label(self.length)}"
+
+
+class Lag(Spec):
+    """The last non-null value of ``field`` in the closed tile ``offset / hop`` tiles before the open one."""
+
+    field: str
+    offset: timedelta
+    hop: timedelta
+
+    @model_validator(mode="after")
+    def _tiles_are_whole(self) -> Self:
+        if self.hop <= timedelta(0) or self.offset <= timedelta(0) or self.offset % self.hop:
+            raise ValueError(
+                f"lag on {self.field!r}: offset {self.offset} must be a positive multiple of hop {self.hop}"
+            )
+        return self
+
+    @property
+    def feature(self) -> str:
+        """Its name, such as ``inflow_lag_7d``."""
+        return f"{self.field}_lag_{duration_label(self.offset)}"
+
+
+class Calendar(Spec):
+    """Calendar columns of the request time plus ``ahead``, in ``zone`` (daylight saving included).
+
+    ``hour`` is 0–24 with its fraction, ``weekday`` 0 (Monday)–6, ``yearday`` 0–365, ``days`` the days since
+    1970-01-01 with their fraction: all on the local clock.
+    """
+
+    zone: str
+    ahead: timedelta = timedelta(0)
+    parts: tuple[Literal["hour", "weekday", "yearday", "days"], ...]
+
+    @model_validator(mode="after")
+    def _zone_exists(self) -> Self:
+        ZoneInfo(self.zone)
+        return self
+
+
+class Derived(Spec):
+    """A feature computed from other columns by ``function``, whose argument names are those columns.
+
+    Only elementwise NumPy operations are allowed, because reductions and matrix products may differ in
+    the last bit between one row and many; ``pipelines.features.derived`` checks it by tracing.
+    """
+
+    name: str = PydanticField(pattern=r"^[a-z][a-z0-9_]*$")
+    function: Callable[..., Any]
+
+
+class FeatureView(Spec):
+    """Everything a model may see of ``entity`` at a moment.
+
+    ``inputs`` are contract fields that the caller gives with the request (a weather forecast, the size of
+    the house); in training they are read from the event that carries the target. ``ttl`` is the age above
+    which a value is STALE.
+    """
+
+    name: str
+    windows: tuple[Window, ...] = ()
+    lags: tuple[Lag, ...] = ()
+    inputs: tuple[str, ...] = ()
+    calendar: Calendar | None = None
+    derived: tuple[Derived, ...] = ()
+    ttl: timedelta
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [*self.stored, *self.inputs, *self.calendar_columns, *(d.name for d in self.derived)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"feature view {self.name!r} defines {twice} more than once")
+        return self
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the features kept in entity state, in the order of every stored vector."""
+        windowed = (window.feature(fold) for window in self.windows for fold in window.folds)
+        return (*windowed, *(lag.feature for lag in self.lags))
+
+    @property
+    def calendar_columns(self) -> tuple[str, ...]:
+        """Names of the calendar columns."""
+        return self.calendar.parts if self.calendar else ()
+
+    @property
+    def hops(self) -> tuple[int, ...]:
+        """The distinct hops in microseconds, ascending."""
+        return tuple(sorted({microseconds(part.hop) for part in (*self.windows, *self.lags)}))

@@ -1,0 +1,1 @@
+"""Statistics that judge: bootstrap and, later, sequential tests."""

@@ -1,0 +1,138 @@
+"""PropStackX: the price of a home at its sale, from its features and the recent sales of its area."""
+
+from datetime import timedelta
+
+import numpy as np
+
+from pipelines.spec import (
+    Calendar,
+    Contract,
+    Derived,
+    FeatureView,
+    Field,
+    FieldType,
+    Fold,
+    Gate,
+    ModelSpec,
+    Split,
+    Target,
+    UseCase,
+    Window,
+)
+
+DAY = timedelta(days=1)
+
+CONTRACT = Contract(
+    name="home_sales",
+    version="1.0.0",
+    owner="valuation",
+    description="Recorded sales of homes in Seattle.",
+    fields=(
+        Field(name="sale_id", type=FieldType.STRING, pattern=r"[0-9]{4}\.\.[0-9]+"),
+        Field(name="area", type=FieldType.STRING, pattern=r"area_[0-9]{1,3}"),
+        Field(name="sold_at", type=FieldType.TIMESTAMP),
+        Field(name="price", type=FieldType.FLOAT, minimum=10_000, maximum=50_000_000, unit="USD"),
+        Field(name="home_type", type=FieldType.STRING, allowed=("sfr", "townhouse")),
+        Field(name="living_area", type=FieldType.FLOAT, minimum=100, maximum=50_000, unit="sqft"),
+        Field(name="lot_area", type=FieldType.FLOAT, minimum=100, maximum=10_000_000, unit="sqft"),
+        Field(name="bedrooms", type=FieldType.INTEGER, minimum=0, maximum=40),
+        Field(name="bathrooms", type=FieldType.FLOAT, minimum=0, maximum=40),
+        Field(name="grade", type=FieldType.INTEGER, minimum=1, maximum=13),
+        Field(name="age", type=FieldType.INTEGER, minimum=0, maximum=300, unit="years"),
+        Field(name="effective_age", type=FieldType.INTEGER, minimum=0, maximum=300, unit="years"),
+        Field(name="waterfront", type=FieldType.BOOLEAN),
+        Field(name="longitude", type=FieldType.FLOAT, minimum=-180, maximum=180, unit="deg"),
+        Field(name="latitude", type=FieldType.FLOAT, minimum=-90, maximum=90, unit="deg"),
+    ),
+    entity="area",
+    time="sold_at",
+    key=("sale_id",),
+    delay=DAY,
+    lateness=30 * DAY,
+)
+
+
+def area_value(price_mean_360d, living_area_mean_360d, living_area):
+    # What the area paid per square foot in the past year, times this home's size.
+    return price_mean_360d / living_area_mean_360d * living_area
+
+
+def anchor_value(price_mean_360d, living_area_mean_360d, living_area, price_count_360d):
+    # An area without sales in the past year: a flat price per square foot, corrected by the network.
+    value = price_mean_360d / living_area_mean_360d * living_area
+    return np.where(np.greater(price_count_360d, 0), value, 250.0 * living_area)
+
+
+def log_living(living_area):
+    return np.log(living_area)
+
+
+def log_lot(lot_area):
+    return np.log(lot_area)
+
+
+def relative_size(living_area, living_area_mean_360d):
+    return np.log(living_area / living_area_mean_360d)
+
+
+def momentum(price_mean_90d, price_mean_360d):
+    return np.log(price_mean_90d / price_mean_360d)
+
+
+def area_spread(price_std_360d, price_mean_360d):
+    return price_std_360d / price_mean_360d
+
+
+def activity(price_count_90d):
+    return np.log1p(price_count_90d)
+
+
+def year_sin(yearday):
+    return np.sin(yearday * (2 * np.pi / 365.25))
+
+
+def year_cos(yearday):
+    return np.cos(yearday * (2 * np.pi / 365.25))
+
+
+DERIVED = (
+    area_value, anchor_value, log_living, log_lot, relative_size, momentum, area_spread, activity, year_sin, year_cos,
+)  # fmt: skip
+
+VIEW = FeatureView(
+    name="area_sales",
+    windows=(
+        Window(field="price", length=90 * DAY, hop=DAY, folds=(Fold.COUNT, Fold.MEAN)),
+        Window(field="price", length=360 * DAY, hop=10 * DAY, folds=(Fold.COUNT, Fold.MEAN, Fold.STD)),
+        Window(field="living_area", length=360 * DAY, hop=10 * DAY, folds=(Fold.MEAN,)),
+    ),
+    inputs=(
+        "home_type", "living_area", "lot_area", "bedrooms", "bathrooms", "grade", "age", "effective_age",
+        "waterfront", "longitude", "latitude",
+    ),
+    calendar=Calendar(zone="America/Los_Angeles", parts=("yearday", "days")),
+    derived=tuple(Derived(name=function.__name__, function=function) for function in DERIVED),
+    ttl=90 * DAY,
+)  # fmt: skip
+
+USE_CASE = UseCase(
+    name="prop",
+    title="PropStackX: home valuation",
+    contract=CONTRACT,
+    view=VIEW,
+    model=ModelSpec(
+        name="prop",
+        target=Target(field="price"),
+        transform="log",
+        numeric=(
+            "log_living", "log_lot", "relative_size", "momentum", "area_spread", "activity", "bedrooms", "bathrooms",
+            "grade", "age", "effective_age", "waterfront", "longitude", "latitude", "year_sin", "year_cos", "days",
+        ),
+        categorical=("area", "home_type"),
+        anchor="anchor_value",
+        split=Split(calibration=90 * DAY, test=120 * DAY),
+        epochs=20,
+        batch_size=256,
+    ),
+    gates=(Gate(name="beats_area_price", metric="mape", baseline="anchor_value", max_ratio=0.95),),
+)  # fmt: skip

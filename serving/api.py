@@ -1,0 +1,100 @@
+"""The FastAPI part of a gateway: feedback, features, status, health, and the description of every route."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+
+from serving import wire
+from serving.auth import Scope
+from serving.problems import MEDIA_TYPE, Problem
+
+if TYPE_CHECKING:
+    from serving.gateway import Gateway
+
+
+def _response(problem: Problem) -> Response:
+    headers = {key.decode(): value.decode() for key, value in problem.headers()}
+    return Response(problem.body(), problem.status, headers=headers, media_type=MEDIA_TYPE.decode())
+
+
+def build_api(gateway: Gateway) -> FastAPI:
+    """The app of one use case. ``predict`` and ``events`` are described here and answered by the gateway itself."""
+    prefix = f"/v1/{gateway.use_case.name}"
+    app = FastAPI(
+        title=gateway.use_case.title,
+        version=gateway.use_case.contract.version,
+        docs_url="/docs",
+        openapi_url="/openapi.json",
+        redoc_url=None,
+    )
+    bearer = HTTPBearer(auto_error=False)
+
+    def allow(scope: Scope) -> Any:
+        def check(
+            request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None
+        ) -> None:
+            authorization = request.headers.get("authorization")
+            gateway.keys.require(authorization.encode() if authorization else None, scope)
+
+        return Depends(check)
+
+    @app.exception_handler(Problem)
+    async def problem(_: Request, error: Problem) -> Response:
+        return _response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        errors = [
+            {"pointer": "/" + "/".join(map(str, e["loc"][1:])), "rule": e["type"], "detail": e["msg"]}
+            for e in error.errors()
+        ]
+        return _response(Problem(422, "The request is not valid", "Mend the fields listed under errors.", errors))
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return _response(Problem(error.status_code, str(error.detail), f"See {prefix}/docs for what there is."))
+
+    @app.post("/predict", dependencies=[allow(Scope.PREDICT)], tags=["predict"])
+    async def predict(body: wire.PredictRequest) -> wire.PredictResponse:
+        """Answers each instance with a value, an interval and the status of its features."""
+        raise AssertionError("the gateway answers this route before FastAPI sees it")
+
+    @app.post("/events", dependencies=[allow(Scope.INGEST)], tags=["ingest"])
+    async def events(body: wire.EventsRequest) -> wire.EventsResponse:
+        """Takes events; each is acknowledged when it is durable, or quarantined with the rules it breaks."""
+        raise AssertionError("the gateway answers this route before FastAPI sees it")
+
+    @app.post("/feedback", dependencies=[allow(Scope.FEEDBACK)], tags=["feedback"])
+    async def feedback(body: wire.FeedbackRequest) -> wire.FeedbackResponse:
+        """Takes outcomes of earlier predictions; they are durable when this answers."""
+        await gateway.outcomes([outcome.model_dump() for outcome in body.outcomes])
+        return wire.FeedbackResponse(accepted=len(body.outcomes))
+
+    @app.get("/features/{entity}", dependencies=[allow(Scope.READ)], tags=["read"])
+    def features(entity: str) -> wire.FeaturesResponse:
+        """What state holds for an entity: value, status and age of every stored feature."""
+        return wire.FeaturesResponse(**gateway.predictor.features(entity, gateway.clock.now()))
+
+    @app.get("/status", dependencies=[allow(Scope.READ)], tags=["read"])
+    def status() -> dict[str, Any]:
+        """Where the log, the state, the drain and the routing stand."""
+        return gateway.status()
+
+    @app.get("/healthz", tags=["health"])
+    def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"])
+    def readyz() -> dict[str, str]:
+        """The replica can answer and everything behind it works."""
+        if failures := gateway.status()["failures"]:
+            raise Problem(503, "Not ready", "; ".join(failures))
+        return {"status": "ready"}
+
+    return app

@@ -1,0 +1,89 @@
+"""Deploys the gateway of a use case as a Serve application of its own: ``python -m serving.app aqua``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from typing import Any
+
+from ray import serve
+
+from cluster import session
+from cluster.clock import open_clock
+from cluster.database import Database
+from cluster.settings import Settings
+from pipelines import usecases
+from serving import releases
+from serving.gateway import Gateway
+from serving.routing import RoutingTable
+
+
+@serve.ingress()
+class _Gateway:
+    """One replica of a use case's gateway."""
+
+    def __init__(self, usecase: str) -> None:
+        # The node's own settings: the cluster was started with them, and no key travels through Serve's configuration.
+        self.gateway = Gateway(usecase, Settings.from_environment())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        # Serve starts uvicorn's lifespan, so the app must answer it; FastAPI does.
+        return self.gateway
+
+    def check_health(self) -> None:
+        """Serve restarts the replica when this raises: a dead drain or projection must not go on unseen."""
+        self.gateway.check()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "gateway"):
+            await asyncio.to_thread(self.gateway.close)
+
+
+def deploy(usecase: str, settings: Settings) -> RoutingTable:
+    """Adopts the first champion if there is none, then runs the gateway and waits until it answers.
+
+    Raises ``ReleaseError`` when no version may answer.
+    """
+    use_case = usecases.load(usecase)
+    database = Database(settings.database_url)
+    database.create()
+    table = releases.adopt_first(use_case.name, database, open_clock(settings))
+    deployment = serve.deployment(
+        _Gateway,
+        name="gateway",
+        num_replicas=settings.gateway_replicas,
+        max_ongoing_requests=256,
+        max_queued_requests=1024,
+        ray_actor_options={"num_cpus": 0.25},
+        graceful_shutdown_timeout_s=10,
+        health_check_period_s=5,
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    )
+    serve.run(
+        deployment.bind(use_case.name),
+        name=use_case.name,
+        route_prefix=f"/v1/{use_case.name}",
+    )
+    return table
+
+
+def withdraw(usecase: str) -> None:
+    """Removes the use case's application; its log, state and tables stay."""
+    serve.delete(usecase)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The job's entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("usecase", choices=usecases.names())
+    options = parser.parse_args(arguments)
+    settings = Settings.from_environment()
+    session.connect(settings)
+    table = deploy(options.usecase, settings)
+    sys.stdout.write(f"{options.usecase}: version {table.champion} answers (epoch {table.epoch})\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""The client: what an application calls. It needs httpx and pydantic alone.
+
+A call that failed on the way is sent again where that is safe: events are idempotent by their id, a prediction and
+an outcome may be repeated. A refusal is raised as ``TidegateError`` and never repeated, but for 429, whose
+Retry-After is respected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from serving.wire import (
+    EventResult,
+    EventsResponse,
+    FeaturesResponse,
+    FeedbackResponse,
+    Prediction,
+    PredictResponse,
+)
+
+Answer = TypeVar("Answer")
+_PROBLEM = "application/problem+json"
+
+
+class TidegateError(RuntimeError):
+    """The gateway refused. ``problem`` is its RFC 9457 document."""
+
+    def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
+        self.status = status
+        self.problem = dict(problem)
+        places = "; ".join(
+            f"{e.get('pointer', '')} {e.get('rule', '')}: {e.get('detail', '')}".strip()
+            for e in self.problem.get("errors", [])[:5]
+        )
+        detail = f"{self.problem.get('title', 'refused')}: {self.problem.get('detail', '')}"
+        super().__init__(f"{status} {detail}" + (f" ({places})" if places else ""))
+
+
+@dataclass(frozen=True)
+class _Call(Generic[Answer]):
+    """One request and how its answer is read."""
+
+    method: str
+    path: str
+    body: Any
+    read: Callable[[Any], Answer]
+
+
+def _predict(instances: Sequence[Mapping[str, Any]]) -> _Call[list[Prediction]]:
+    body = {"instances": [dict(i) for i in instances]}
+    return _Call("POST", "/predict", body, lambda a: PredictResponse.model_validate(a).predictions)
+
+
+def _events(events: Sequence[Mapping[str, Any]]) -> _Call[list[EventResult]]:
+    body = {"events": [dict(e) for e in events]}
+    return _Call("POST", "/events", body, lambda a: EventsResponse.model_validate(a).results)
+
+
+def _feedback(outcomes: Mapping[str, float]) -> _Call[int]:
+    body = {"outcomes": [{"prediction_id": i, "value": v} for i, v in outcomes.items()]}
+    return _Call("POST", "/feedback", body, lambda a: FeedbackResponse.model_validate(a).accepted)
+
+
+def _features(entity: str) -> _Call[FeaturesResponse]:
+    return _Call("GET", f"/features/{quote(entity, safe='')}", None, FeaturesResponse.model_validate)
+
+
+def _status() -> _Call[dict[str, Any]]:
+    return _Call("GET", "/status", None, dict)
+
+
+class _Connection:
+    """What both clients share: address, key, and which failed attempt is made again."""
+
+    def __init__(self, usecase: str, url: str | None, api_key: str | None, timeout_s: float, retries: int) -> None:
+        key = api_key or os.environ.get("TIDEGATE_API_KEY")
+        if not key:
+            raise ValueError("an API key is needed: give api_key, or set TIDEGATE_API_KEY")
+        self._retries = retries
+        self._options: dict[str, Any] = {
+            "base_url": (url or os.environ.get("TIDEGATE_URL", "http://127.0.0.1:8000")) + f"/v1/{usecase}",
+            "headers": {"authorization": f"Bearer {key}"},
+            "timeout": timeout_s,
+        }
+
+    def _delay(self, attempt: int, response: httpx.Response | None) -> float | None:
+        """Seconds to wait before the next attempt, or None when this one counts."""
+        if attempt >= self._retries:
+            return None
+        if response is None or _lost_on_the_way(response):
+            return min(0.1 * 2.0**attempt, 2.0)
+        if response.status_code == 429:
+            return float(response.headers.get("retry-after", 1))
+        return None
+
+
+def _lost_on_the_way(response: httpx.Response) -> bool:
+    # The proxy itself answers 5xx when no replica did; a gateway's refusal is a problem document.
+    kind = response.headers.get("content-type", "")
+    return response.status_code >= 500 and not kind.startswith(_PROBLEM)
+
+
+def _read(call: _Call[Answer], response: httpx.Response) -> Answer:
+    if response.is_success:
+        return call.read(response.json())
+    if response.headers.get("content-type", "").startswith(_PROBLEM):
+        raise TidegateError(response.status_code, response.json())
+    raise TidegateError(response.status_code, {"title": response.reason_phrase, "detail": response.text[:500]})
+
+
+class Client(_Connection):
+    """Calls one use case's gateway; use it as a context manager or ``close`` it.
+
+    ``url`` defaults to TIDEGATE_URL or the local gateway, ``api_key`` to TIDEGATE_API_KEY. A call waits up to
+    ``timeout_s`` seconds for each of at most ``1 + retries`` attempts.
+    """
+
+    def __init__(
+        self,
+        usecase: str,
+        *,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 8,
+    ) -> None:
+        super().__init__(usecase, url, api_key, timeout_s, retries)
+        self._http = httpx.Client(**self._options)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def predict(self, instances: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        """One prediction per instance, in order."""
+        return self._send(_predict(instances))
+
+    def events(self, events: Sequence[Mapping[str, Any]]) -> list[EventResult]:
+        """One result per event, in order; accepted events are durable."""
+        return self._send(_events(events))
+
+    def feedback(self, outcomes: Mapping[str, float]) -> int:
+        """Sends outcomes by prediction id; returns how many were accepted."""
+        return self._send(_feedback(outcomes))
+
+    def features(self, entity: str) -> FeaturesResponse:
+        """What state holds for an entity now."""
+        return self._send(_features(entity))
+
+    def status(self) -> dict[str, Any]:
+        """Where the gateway's log, state and routing stand."""
+        return self._send(_status())
+
+    def _send(self, call: _Call[Answer]) -> Answer:
+        for attempt in itertools.count():
+            response = None
+            try:
+                response = self._http.request(call.method, call.path, json=call.body)
+            except httpx.TransportError:
+                if self._delay(attempt, None) is None:
+                    raise
+            delay = self._delay(attempt, response)
+            if delay is None and response is not None:
+                return _read(call, response)
+            time.sleep(delay or 0)
+        raise AssertionError("the loop has no end")
+
+
+class AsyncClient(_Connection):
+    """The same calls for asyncio."""
+
+    def __init__(
+        self,
+        usecase: str,
+        *,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 8,
+    ) -> None:
+        super().__init__(usecase, url, api_key, timeout_s, retries)
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def predict(self, instances: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        """One prediction per instance, in order."""
+        return await self._send(_predict(instances))
+
+    async def events(self, events: Sequence[Mapping[str, Any]]) -> list[EventResult]:
+        """One result per event, in order; accepted events are durable."""
+        return await self._send(_events(events))
+
+    async def feedback(self, outcomes: Mapping[str, float]) -> int:
+        """Sends outcomes by prediction id; returns how many were accepted."""
+        return await self._send(_feedback(outcomes))
+
+    async def features(self, entity: str) -> FeaturesResponse:
+        """What state holds for an entity now."""
+        return await self._send(_features(entity))
+
+    async def status(self) -> dict[str, Any]:
+        """Where the gateway's log, state and routing stand."""
+        return await self._send(_status())
+
+    async def _send(self, call: _Call[Answer]) -> Answer:
+        for attempt in itertools.count():
+            response = None
+            try:
+                response = await self._http.request(call.method, call.path, json=call.body)
+            except httpx.TransportError:
+                if self._delay(attempt, None) is None:
+                    raise
+            delay = self._delay(attempt, response)
+            if delay is None and response is not None:
+                return _read(call, response)
+            await asyncio.sleep(delay or 0)
+        raise AssertionError("the loop has no end")

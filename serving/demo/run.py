@@ -1,0 +1,82 @@
+"""Runs the demo on a cluster of its own and leaves nothing running, unless it is asked to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from cluster import session
+from cluster.settings import Settings
+from pipelines import usecases
+from serving.demo.report import Report
+
+_MARK = ".tidegate-demo"
+_STEPS = (
+    ("contract", "readings pass their contract into the events table"),
+    ("features", "features: the training set and the serving state"),
+    ("train", "training on the pinned snapshot"),
+    ("gate", "the gate against the baseline"),
+    ("serve", "a held-out stretch replayed over HTTP"),
+    ("skew", "logged predictions recomputed, bit for bit"),
+)
+
+
+def demo(usecase: str, *, home: Path, history_days: int | None, replay_days: int, keep: bool) -> None:
+    """Runs all steps; a step that fails is named, and its error raised. ``home`` is emptied first."""
+    use_case = usecases.load(usecase)
+    settings = _settings(home)
+    session.down(settings)  # what a killed run left
+    _empty(settings.home)
+    report = Report(settings.home / "report.json", _say)
+    _say(f"{use_case.title}; everything is kept in {settings.home}")
+    done = False
+    try:
+        _run(usecase, settings, report, history_days, replay_days)
+        done = True
+    finally:
+        session.disconnect()
+        if keep:
+            _say(f"the cluster is left running: TIDEGATE_HOME={settings.home} tidegate down ends it")
+        else:
+            session.down(settings)
+        _say(report.scoreboard())
+        if not done:
+            _say(f"the step {report.steps[-1]['step'] if report.steps else 'start'!r} failed; report: {report.path}")
+    _say(f"report: {report.path}")
+
+
+def _run(
+    usecase: str, settings: Settings, report: Report, history_days: int | None, replay_days: int
+) -> None:
+    running = session.up(settings, say=_say)
+    from serving.demo.steps import Demo  # after `up`: Serve reads its flags when it is imported
+
+    demo = Demo.over(usecases.load(usecase), settings, _say, running.http, history_days, replay_days)
+    for name, title in _STEPS:
+        report.run(name, title, getattr(demo, name))
+
+
+def _settings(home: Path) -> Settings:
+    environment = {**os.environ, "TIDEGATE_HOME": str(home.absolute()), "TIDEGATE_CLOCK": "replay"}
+    return Settings.from_environment(environment)
+
+
+def _empty(home: Path) -> None:
+    if home.exists() and any(home.iterdir()) and not (home / _MARK).exists():
+        raise SystemExit(f"{home} is not empty and was not made by the demo: choose another --home")
+    home.mkdir(parents=True, exist_ok=True)
+    for entry in home.iterdir():
+        if entry.name == "cache":  # compiled code may stay, fetched models may not
+            shutil.rmtree(entry / "models", ignore_errors=True)
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (home / _MARK).touch()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,154 @@
+"""Ingest over HTTP: each event passes the contract, becomes durable in the log, and only then is acknowledged.
+
+State is the log's projection and is brought up to the log before the acknowledgement, so a caller reads what it
+wrote. A refused event is as durable as an accepted one: it goes to the quarantine stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import orjson
+from deltalake.exceptions import DeltaError
+from sqlalchemy.exc import OperationalError
+
+from cluster.clock import Clock
+from cluster.database import Database
+from cluster.log import DurableLog, GroupCommit, LogFull, Record
+from cluster.settings import Settings
+from cluster.tables import Tables
+from pipelines.contracts.events import LOAD_ID, encode_event, event_id
+from pipelines.contracts.requests import check_record, compile_model
+from pipelines.drain import drain_once
+from pipelines.spec import UseCase
+from serving.problems import Problem
+
+SOURCE = "http"
+
+
+class EventIntake:
+    """Checks, logs and acknowledges events; also carries the records of predictions and outcomes."""
+
+    def __init__(
+        self, use_case: UseCase, log: DurableLog, clock: Clock, project: Callable[[], None]
+    ) -> None:
+        self._contract = use_case.contract
+        self._model = compile_model(use_case.contract)
+        self._clock = clock
+        self._commit = GroupCommit(log, clock, after_commit=project)
+
+    async def ingest(self, events: Sequence[Any]) -> list[dict[str, Any]]:
+        """One result per event, in order: accepted (with its sequence) or quarantined (with the broken rules).
+
+        An event whose id is remembered is accepted again without being stored again. Raises ``Problem`` 429
+        when the log cannot take more.
+        """
+        now = self._clock.now()
+        results: list[dict[str, Any]] = []
+        accepted: list[Record] = []
+        refused: list[Record] = []
+        places: list[int] = []
+        for position, event in enumerate(events):
+            record, problems = check_record(self._model, event, now)
+            if record is None:
+                rules = list(dict.fromkeys(problem.rule for problem in problems))
+                results.append(
+                    {
+                        "status": "quarantined",
+                        "rules": rules,
+                        "problems": [{"field": p.field, "rule": p.rule, "message": p.message} for p in problems],
+                    }
+                )
+                refused.append(self._quarantine(event, position, rules, now))
+            else:
+                identity = event_id(self._contract, record)
+                results.append({"status": "accepted", "event_id": identity})
+                accepted.append(Record(identity.encode(), encode_event(self._contract, record)))
+                places.append(position)
+        waiting = []
+        try:
+            if refused:
+                waiting.append(self._commit.submit("quarantine", refused))
+            if accepted:
+                waiting.append(self._commit.submit("events", accepted))
+        except LogFull as error:
+            raise Problem(429, "The event log is full", str(error), retry_after_s=1) from error
+        done = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+        for place, sequence in zip(places, done[-1] if accepted else (), strict=True):
+            results[place]["duplicate" if sequence is None else "sequence"] = sequence is None or sequence
+        return results
+
+    def record(self, stream: str, values: Sequence[bytes]) -> Future[list[int | None]]:
+        """Logs records of another stream; the future is done when they are durable."""
+        try:
+            return self._commit.submit(stream, [Record(None, value) for value in values])
+        except LogFull as error:
+            raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
+
+    def record_quietly(self, stream: str, values: Sequence[bytes]) -> None:
+        """Logs records that nobody waits for; a crash may lose those of the last moment."""
+        self._commit.submit_quiet(stream, [Record(None, value) for value in values])
+
+    def close(self) -> None:
+        """Writes what waits, then stops."""
+        self._commit.close()
+
+    def _quarantine(self, event: Any, position: int, rules: list[str], now: int) -> Record:
+        row = {
+            LOAD_ID: SOURCE,
+            "source": SOURCE,
+            "position": position,
+            "contract": self._contract.name,
+            "contract_version": self._contract.version,
+            "rules": rules,
+            "record": orjson.dumps(event).decode(),
+            "at": now,
+        }
+        return Record(None, orjson.dumps(row))
+
+
+class Drain:
+    """Moves the log to the tables in the background, for as long as this process holds the drain's lease."""
+
+    def __init__(
+        self,
+        use_case: UseCase,
+        log: DurableLog,
+        tables: Tables,
+        database: Database,
+        settings: Settings,
+        clock: Clock,
+        holder: str,
+    ) -> None:
+        self._run = partial(drain_once, use_case, log, tables, database, settings, clock, holder)
+        self._period = settings.drain_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="drain", daemon=True)
+        self.failure: BaseException | None = None
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._period):
+            try:
+                self._run()
+                self.failure = None
+            except (OSError, DeltaError, OperationalError) as error:
+                # Nothing is lost: the records stay in the log, readiness reports it, and the next turn tries again.
+                self.failure = error
+            except BaseException as error:
+                self.failure = error
+                raise
+
+    def alive(self) -> bool:
+        """Whether the drain still takes its turns."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stops after the turn that is under way."""
+        self._stop.set()
+        self._thread.join(timeout=10)

@@ -1,0 +1,40 @@
+"""Fixtures shared by all four layers of tests: one Ray cluster with Serve for the whole run, on ports of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import session
+from cluster.settings import Settings
+
+_HOME = Path(tempfile.mkdtemp(prefix="tidegate-tests-"))
+CLUSTER = Settings(
+    home=_HOME, clock="replay", http_port=session.free_port(), num_cpus=2, buckets=4, drain_seconds=0.5
+)
+# Ray and Serve read these when a test module imports them, before any fixture runs.
+os.environ.update(session.driver_environment(CLUSTER))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / "var" / "cache" / "numba"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Settings]:
+    """The settings of a running cluster, to which this process is connected."""
+    with session.running(CLUSTER):
+        yield CLUSTER
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(cluster: Settings) -> None:
+    """For tests that need Ray alone."""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"

@@ -1,0 +1,182 @@
+"""The contract's row rules in the plainest Python, and generators of contracts and records: the tests' oracle."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from hypothesis import strategies as st
+
+from pipelines.spec import Contract, Field, FieldType
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+NOW_US = (NOW - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+_ZONED = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})[T ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]{1,9}))?"
+    r"(?:(Z)|([+-])([0-9]{2}):([0-9]{2}))"
+)
+
+
+def moment(value: Any) -> datetime | None:
+    """RFC 3339 put together by hand."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC) if value.tzinfo else None
+    found = _ZONED.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return None
+    fraction = (found[7] or "").ljust(9, "0")
+    hours, minutes = int(found[10] or 0), int(found[11] or 0)
+    if int(found[1]) < 1000 or fraction[6:] != "000" or hours > 23 or minutes > 59:
+        return None
+    try:
+        naive = datetime(*(int(found[i]) for i in range(1, 7)), int(fraction[:6]), tzinfo=UTC)
+        offset = timedelta(hours=hours, minutes=minutes)
+        return naive + offset if found[9] == "-" else naive - offset
+    except (ValueError, OverflowError):
+        return None
+
+
+def typed(field: Field, value: Any) -> Any:
+    """The value as the field's type; None when it is none."""
+    if field.type is FieldType.TIMESTAMP:
+        return moment(value)
+    if field.type is FieldType.STRING:
+        return value if isinstance(value, str) and not re.search("[\ud800-\udfff]", value) else None
+    if field.type is FieldType.BOOLEAN:
+        return value if value is True or value is False else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if field.type is FieldType.INTEGER:
+        return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def field_rules(contract: Contract, field: Field, value: Any) -> list[str]:
+    if value is None:
+        return [] if field.nullable else ["missing"]
+    value = typed(field, value)
+    if value is None:
+        return ["type"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ["finite"]
+    broken = []
+    if field.minimum is not None and value < field.minimum:
+        broken.append("minimum")
+    if field.maximum is not None and value > field.maximum:
+        broken.append("maximum")
+    if field.pattern is not None and not re.fullmatch(field.pattern, value):
+        broken.append("pattern")
+    if field.allowed is not None and value not in field.allowed:
+        broken.append("allowed")
+    if field.name == contract.time and value > NOW + contract.future:
+        broken.append("future")
+    return broken
+
+
+def record_rules(contract: Contract, record: Any) -> list[str]:
+    """Every rule that a record breaks, in contract order, then the unknown keys by the alphabet."""
+    if not isinstance(record, dict):
+        return ["row.unreadable"]
+    broken = [f"{f.name}.{r}" for f in contract.fields for r in field_rules(contract, f, record.get(f.name))]
+    names = {f.name for f in contract.fields}
+    unknown = {
+        f"{key}.unknown".encode("utf-8", "backslashreplace").decode() for key in record if key not in names
+    }
+    return broken + sorted(unknown)
+
+
+_numbers = st.one_of(
+    st.integers(-5, 15),
+    st.floats(-5, 15),
+    st.sampled_from(
+        [0.0, -0.0, 9.999, 10.0, 10**400, -(10**400), 2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**53 + 1]
+    ),
+    st.sampled_from([math.nan, math.inf, -math.inf, 1e308, 5e-324]),
+)
+_texts = st.one_of(
+    st.sampled_from(["a", "b", "a1", "a\n", "٣", "é", "", "A", "b2", "\ud800", "nan", "1", "true"]),
+    st.text(max_size=4),
+)
+_offsets = st.sampled_from(
+    ["Z", "+00:00", "-00:00", "+05:30", "-23:59", "+24:00", "+01:60", "z", "", "+0100"]
+)
+_times = st.one_of(
+    st.builds(
+        lambda when, sep, fraction, offset: when.strftime("%Y-%m-%d").rjust(10, "0") + sep
+        + when.strftime("%H:%M:%S") + fraction + offset,
+        st.datetimes(datetime(2026, 2, 26), datetime(2026, 3, 3)),
+        st.sampled_from(["T", " ", "t", "T "]),
+        st.sampled_from(["", ".5", ".123456", ".123456000", ".1234567", ".", ".1234560000"]),
+        _offsets,
+    ),
+    st.sampled_from(
+        ["2026-02-30T00:00:00Z", "2024-02-29T00:00:00Z", "2026-13-01T00:00:00Z", "2026-01-01T24:00:00Z",
+         "9999-12-31T23:30:00-01:00", "0999-01-01T00:00:00Z", "1000-01-01T00:00:00+01:00", "2026-01-01T00:00:60Z",
+         "2026-01-01", "2026-01-01T00:00Z", "２026-01-01T00:00:00Z", "2026-03-01T12:00:00Z\n",
+         "2026-03-01T12:00:00Z", "2026-03-01T12:00:00.000001Z", "2026-03-01T13:00:00Z"]
+    ),
+    st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1)),
+    st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC)),
+)  # fmt: skip
+_junk = st.one_of(st.none(), st.booleans(), _numbers, _texts, _times, st.just([]), st.just({"a": 1}))
+_VALUES = {
+    FieldType.STRING: _texts,
+    FieldType.FLOAT: _numbers,
+    FieldType.INTEGER: _numbers,
+    FieldType.BOOLEAN: st.booleans(),
+    FieldType.TIMESTAMP: _times,
+}
+
+
+@st.composite
+def contracts(draw: st.DrawFn) -> Contract:
+    """A contract of an entity, a time and up to four more fields with any limits."""
+    extra = []
+    for place in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(list(FieldType)))
+        limits: dict[str, Any] = {}
+        if kind in (FieldType.FLOAT, FieldType.INTEGER):
+            low, high = draw(st.sampled_from([None, 0.0, 0.5, -1e300, 2.0**63])), None
+            high = draw(st.sampled_from([None, 10.0, 9.5, 1e300]))
+            if low is not None and high is not None and low > high:
+                high = None
+            limits = {"minimum": low, "maximum": high}
+        if kind is FieldType.STRING:
+            limits = {
+                "pattern": draw(st.sampled_from([None, r"[a-z]\d?", r"\w*", ".", "a|b2"])),
+                "allowed": draw(st.sampled_from([None, ("a", "b"), ("٣",), ()])),
+            }
+        extra.append(Field(name=f"f{place}", type=kind, nullable=draw(st.booleans()), **limits))
+    fields = [Field(name="who", type=FieldType.STRING), Field(name="at", type=FieldType.TIMESTAMP), *extra]
+    return Contract(
+        name="generated",
+        version="1.0.0",
+        owner="tests",
+        fields=tuple(draw(st.permutations(fields))),
+        entity="who",
+        time="at",
+        key=("who", "at"),
+        future=draw(st.sampled_from([timedelta(0), timedelta(hours=1), timedelta(microseconds=1)])),
+    )
+
+
+def records(contract: Contract) -> st.SearchStrategy[Any]:
+    """Mostly plausible records, with absent keys, nulls, other types and unknown names."""
+    fields = {
+        f.name: st.one_of(_VALUES[f.type], _VALUES[f.type], _VALUES[f.type], _junk) for f in contract.fields
+    }
+    known = st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(fields)
+    extra = st.dictionaries(st.sampled_from(["x", "\ud800", "zz.missing", "é", ""]), _junk, max_size=2)
+    return st.one_of(
+        known,
+        known,
+        known,
+        st.builds(lambda a, b: {**b, **a}, known, extra),
+        st.sampled_from([None, 1, [1], "{}"]),
+    )

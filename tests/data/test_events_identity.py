@@ -1,0 +1,78 @@
+"""An event has one identity, one order and one bucket, whether a batch or a request brought it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.contracts import events, requests, rows
+from pipelines.spec import Contract, FieldType
+from tests.data import contract_oracle as oracle
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_arrow_and_python_give_an_event_one_identity(data: st.DataObject) -> None:
+    contract = data.draw(oracle.contracts())
+    keys = [f.name for f in contract.fields if not f.nullable]
+    contract = contract.model_copy(update={"key": tuple(data.draw(st.permutations(keys)))})
+    records = data.draw(st.lists(oracle.records(contract), min_size=1, max_size=6))
+    parsed = rows.from_records(contract, records)
+    accepted = rows.check(contract, parsed, oracle.NOW_US).accepted
+    table = parsed.table.filter(pa.array(accepted))
+    model = requests.compile_model(contract)
+    typed = [requests.check_record(model, records[i], oracle.NOW_US)[0] for i in accepted.nonzero()[0]]
+    ids = events.event_ids(contract, table).to_pylist()
+    assert ids == [events.event_id(contract, record) for record in typed if record is not None]
+    assert None not in ids
+    entities = [record[contract.entity] for record in typed if record is not None]
+    buckets = events.buckets_of(table.column(contract.entity), 5).to_pylist()
+    assert buckets == [events.bucket_of(entity, 5) for entity in entities]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_an_event_survives_the_log_unchanged(data: st.DataObject) -> None:
+    contract = data.draw(oracle.contracts())
+    records = data.draw(st.lists(oracle.records(contract), min_size=1, max_size=6))
+    parsed = rows.from_records(contract, records)
+    accepted = rows.check(contract, parsed, oracle.NOW_US).accepted
+    table = parsed.table.filter(pa.array(accepted))
+    model = requests.compile_model(contract)
+    typed = [requests.check_record(model, records[i], oracle.NOW_US)[0] for i in accepted.nonzero()[0]]
+    blobs = [events.encode_event(contract, record) for record in typed if record is not None]
+    times = [oracle.NOW_US + place for place in range(len(blobs))]
+    back = events.decode_events(contract, blobs, times, range(1, len(blobs) + 1), load_id="x", buckets=5)
+    names = [field.name for field in contract.fields]
+    assert back.select(names).to_pylist() == table.to_pylist()
+    assert back.column(events.EVENT_ID).to_pylist() == events.event_ids(contract, table).to_pylist()
+    assert back.schema == events.events_schema(contract)
+
+
+def test_the_order_of_events_is_the_same_in_every_process() -> None:
+    order = events.event_order(["a", "b", "dma_1|1672531200000000"])
+    assert order.dtype == np.int64
+    assert order.tolist() == [-1817709641818812897, 6294355645245719615, -6678045603897308711]
+
+
+def test_instants_are_exact_microseconds_on_both_ends_of_time() -> None:
+    for text in ("1000-01-01T00:00:00.000001Z", "1969-12-31T23:59:59.999999Z", "9999-12-31T23:59:59.999999Z"):
+        record = {"at": text}
+        contract = Contract.model_validate(
+            {
+                "name": "c", "version": "1.0.0", "owner": "o", "entity": "who", "time": "at", "key": ("at",),
+                "fields": [{"name": "at", "type": FieldType.TIMESTAMP}, {"name": "who", "type": FieldType.STRING}],
+                "future": timedelta(days=365 * 8000),
+            }
+        )  # fmt: skip
+        typed, _ = requests.check_record(
+            requests.compile_model(contract), {**record, "who": "a"}, oracle.NOW_US
+        )
+        assert typed is not None
+        moment = typed["at"]
+        assert events.from_microseconds(events.to_microseconds(moment)) == moment
+        assert moment.isoformat().replace("+00:00", "Z") == text

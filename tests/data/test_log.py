@@ -1,0 +1,305 @@
+"""The durable log against a list-and-dict oracle: sequences, duplicates, generations, trims, reopening."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from concurrent.futures import Future
+
+import lmdb
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cluster.log import DurableLog, GroupCommit, LogFull, LogRecord, Record
+
+REMEMBER = 100
+STREAMS = st.sampled_from(["events", "quarantine", "é"])
+RECORDS = st.lists(
+    st.tuples(st.none() | st.integers(0, 12).map(lambda i: b"id%d" % i), st.binary(max_size=6)), max_size=8
+)
+
+
+class LogMachine(RuleBasedStateMachine):
+    """The oracle keeps every identity with the time it was remembered at.
+
+    Between ``REMEMBER`` and one and a half times that, an identity may or may not be remembered; the
+    oracle then follows the log, and holds it to its word at every other age.
+    """
+
+    @initialize()
+    def start(self):
+        self.directory = tempfile.TemporaryDirectory()
+        self.log = DurableLog(self.directory.name, remember_us=REMEMBER, map_bytes=1 << 24)
+        self.kept: dict[str, list[LogRecord]] = {}
+        self.last: dict[str, int] = {}
+        self.known: dict[str, int] = {}
+        self.remembered: dict[tuple[str, bytes], int] = {}
+        self.now = self.latest = 1_000
+
+    @rule(step=st.integers(-30, 400))
+    def time_passes(self, step):
+        self.now = max(1, self.now + step)
+
+    @rule(batches=st.lists(st.tuples(STREAMS, RECORDS), min_size=1, max_size=3))
+    def append(self, batches):
+        self.latest = max(self.latest, self.now)
+        with self.log.transaction(self.now) as txn:
+            answers = [
+                (stream, records, txn.append(stream, [Record(*r) for r in records])) for stream, records in batches
+            ]
+        for stream, records, answer in answers:
+            self._check(stream, records, answer)
+
+    def _check(self, stream, records, answer):
+        assert len(answer) == len(records)
+        known_at = max(self.now, self.known.get(stream, 0))
+        for (identity, value), sequence in zip(records, answer, strict=True):
+            if identity is not None:
+                age = self.latest - self.remembered.get((stream, identity), -(10**9))
+                if age <= REMEMBER:
+                    assert sequence is None
+                if age > REMEMBER * 3 // 2:
+                    assert sequence is not None
+            if sequence is None:
+                assert identity is not None
+                continue
+            if identity is not None:
+                self.remembered[stream, identity] = self.latest
+            self.last[stream] = self.last.get(stream, 0) + 1
+            assert sequence == self.last[stream]
+            self.known[stream] = known_at
+            self.kept.setdefault(stream, []).append(LogRecord(sequence, known_at, value))
+
+    @rule(stream=STREAMS, numbers=st.lists(st.integers(0, 12), max_size=4))
+    def remember(self, stream, numbers):
+        self.latest = max(self.latest, self.now)
+        with self.log.transaction(self.now) as txn:
+            for identity in (b"id%d" % number for number in numbers):
+                if txn.remember(stream, [identity]):
+                    self.remembered[stream, identity] = self.latest
+
+    @rule(stream=STREAMS, records=RECORDS)
+    def abort(self, stream, records):
+        with pytest.raises(ZeroDivisionError), self.log.transaction(self.now) as txn:
+            txn.append(stream, [Record(*record) for record in records])
+            _ = 1 / 0
+
+    @precondition(lambda self: any(self.kept.values()))
+    @rule(data=st.data())
+    def trim(self, data):
+        stream = data.draw(st.sampled_from(sorted(s for s, kept in self.kept.items() if kept)))
+        through = data.draw(st.integers(self.kept[stream][0].sequence - 1, self.last[stream]))
+        self.log.trim(stream, through)
+        self.kept[stream] = [record for record in self.kept[stream] if record.sequence > through]
+
+    @rule()
+    def reopen(self):
+        self.log.close()
+        self.log = DurableLog(self.directory.name, remember_us=REMEMBER, map_bytes=1 << 24)
+
+    @rule(stream=STREAMS, after=st.integers(0, 40), limit=st.none() | st.integers(0, 5))
+    def read(self, stream, after, limit):
+        expected = [record for record in self.kept.get(stream, []) if record.sequence > after]
+        assert self.log.read(stream, after, limit) == expected[:limit]
+
+    @invariant()
+    def counts_agree(self):
+        for stream, last in self.last.items():
+            kept = self.kept.get(stream, [])
+            assert self.log.last(stream) == last
+            assert self.log.pending(stream) == len(kept)
+            assert self.log.first(stream) == (kept[0].sequence if kept else last + 1)
+
+    def teardown(self):
+        if hasattr(self, "log"):
+            self.log.close()
+            self.directory.cleanup()
+
+
+TestLog = LogMachine.TestCase
+TestLog.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = DurableLog(tmp_path / "log", remember_us=REMEMBER)
+    yield log
+    log.close()
+
+
+class Ticking:
+    def __init__(self):
+        self.time = 0
+
+    def now(self):
+        self.time += 1
+        return self.time
+
+
+def test_an_unknown_format_is_an_error_that_says_so(log):
+    with log.transaction(1) as txn:
+        txn.append("events", [Record(None, b"a")])
+    with log._env.begin(write=True) as raw:
+        key, blob = next(iter(raw.cursor(log._records)))
+        raw.put(key, b"\x09" + blob[1:], db=log._records)
+    with pytest.raises(ValueError, match="record 1 of stream 'events' .* has format 9; this code reads format 1"):
+        log.read("events", 0)
+
+
+def test_trimming_beyond_the_end_is_refused(log):
+    with pytest.raises(ValueError, match="ends at 0"):
+        log.trim("events", 1)
+
+
+@pytest.mark.parametrize("record", [Record("text", b""), Record(None, "text"), Record(None, None)])
+def test_what_is_not_bytes_is_refused_before_anything_is_written(log, record):
+    with log.transaction(1) as txn:
+        with pytest.raises(TypeError, match="must be bytes"):
+            txn.append("events", [Record(b"good", b"good"), record])
+        assert txn.append("events", [Record(b"good", b"again")]) == [1]
+
+
+def test_a_full_map_is_a_clear_error_and_leaves_the_log_usable(tmp_path):
+    log = DurableLog(tmp_path, remember_us=REMEMBER, map_bytes=1 << 20)
+    with pytest.raises(LogFull, match="let it drain"), log.transaction(1) as txn:
+        txn.append("events", [Record(None, b"x" * (1 << 21))])
+    with log.transaction(1) as txn:
+        assert txn.append("events", [Record(None, b"x")]) == [1]
+    log.close()
+
+
+def test_a_shorter_memory_than_before_still_forgets(tmp_path):
+    log = DurableLog(tmp_path, remember_us=1_000_000)
+    for now in (1, 600_000, 1_100_000):
+        with log.transaction(now) as txn:
+            txn.append("events", [Record(b"%d" % now, b"")])
+    log.close()
+    log = DurableLog(tmp_path, remember_us=10)
+    with log.transaction(1_600_000) as txn:
+        assert txn.append("events", [Record(b"1100000", b"")]) == [None]
+    with log.transaction(4_000_000) as txn:
+        assert txn.append("events", [Record(b"1100000", b""), Record(b"1", b"")]) == [4, 5]
+    log.close()
+
+
+def test_many_threads_get_each_their_own_sequences(log):
+    projected: list[int] = []
+    group = GroupCommit(log, Ticking(), lambda: projected.append(log.last("events")))
+    answers: dict[int, list[Future]] = {}
+
+    def work(number):
+        answers[number] = [group.submit("events", [Record(None, b"%d-%d" % (number, i))]) for i in range(100)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    where = {answers[n][i].result(30)[0]: b"%d-%d" % (n, i) for n in range(8) for i in range(100)}
+    assert {record.sequence: record.value for record in log.read("events", 0)} == where
+    assert sorted(where) == list(range(1, 801))
+    assert projected[-1] == 800
+    group.close()
+    assert group.waiting == 0
+
+
+def test_one_bad_submission_fails_alone(log):
+    entered, go = threading.Event(), threading.Event()
+    group = GroupCommit(log, Ticking(), lambda: (entered.set(), go.wait(30)))
+    first = group.submit("events", [Record(None, b"first")])
+    entered.wait(30)  # the next three wait together and go into one transaction
+    good, bad, other = (group.submit("events", [Record(None, value)]) for value in (b"a", "text", b"b"))
+    go.set()
+    assert [f.result(30) for f in (first, good, other)] == [[1], [2], [3]]
+    assert isinstance(bad.exception(30), TypeError)
+    group.close()
+
+
+def test_a_submission_too_big_for_the_map_fails_alone(tmp_path):
+    log = DurableLog(tmp_path, remember_us=REMEMBER, map_bytes=1 << 20)
+    entered, go = threading.Event(), threading.Event()
+    group = GroupCommit(log, Ticking(), lambda: (entered.set(), go.wait(30)))
+    group.submit("events", [])
+    entered.wait(30)
+    good = group.submit("events", [Record(None, b"a")])
+    big = group.submit("events", [Record(None, b"x" * (1 << 21))])
+    go.set()
+    assert good.result(30) == [1]
+    assert isinstance(big.exception(30), LogFull)
+    group.close()
+    log.close()
+
+
+def test_a_future_resolves_only_after_the_projection(log):
+    entered, go = threading.Event(), threading.Event()
+    group = GroupCommit(log, Ticking(), lambda: (entered.set(), go.wait(30)))
+    future = group.submit("events", [Record(b"a", b"a")])
+    entered.wait(30)
+    assert log.last("events") == 1
+    assert not future.done()
+    go.set()
+    assert future.result(30) == [1]
+    group.close()
+
+
+def test_a_failed_projection_fails_its_group_and_a_retry_finds_the_record(log):
+    failures = [OSError("state is gone"), None, None]
+
+    def project():
+        if (error := failures.pop(0)) is not None:
+            raise error
+
+    group = GroupCommit(log, Ticking(), project)
+    with pytest.raises(OSError, match="state is gone"):
+        group.submit("events", [Record(b"a", b"a")]).result(30)
+    assert group.submit("events", [Record(b"a", b"a")]).result(30) == [None]
+    assert group.submit("events", [Record(b"b", b"b")]).result(30) == [2]
+    group.close()
+
+
+def test_the_queue_is_bounded_in_records(log):
+    entered, go = threading.Event(), threading.Event()
+    group = GroupCommit(log, Ticking(), lambda: (entered.set(), go.wait(30)), max_waiting=5)
+    first = group.submit("events", [Record(None, b"a")] * 3)
+    entered.wait(30)
+    second = group.submit("events", [Record(None, b"b")] * 2)
+    with pytest.raises(LogFull, match="6 records would wait for the log, at most 5 may"):
+        group.submit("events", [Record(None, b"c")])
+    go.set()
+    assert (first.result(30), second.result(30)) == ([1, 2, 3], [4, 5])
+    group.close()
+
+
+def test_close_writes_what_waits_and_then_takes_no_more(log):
+    group = GroupCommit(log, Ticking())
+    for _ in range(50):
+        group.submit_quiet("predictions", [Record(None, b"p")])
+    group.close()
+    assert log.last("predictions") == 50
+    with pytest.raises(RuntimeError, match="closed"):
+        group.submit("predictions", [])
+
+
+def test_a_quiet_failure_is_logged(log, caplog):
+    group = GroupCommit(log, Ticking())
+    group.submit_quiet("predictions", [Record(None, "text")])
+    group.close()
+    assert "1 records of stream 'predictions'" in caplog.text
+
+
+def test_a_cancelled_submission_is_not_written(log):
+    entered, go = threading.Event(), threading.Event()
+    group = GroupCommit(log, Ticking(), lambda: (entered.set(), go.wait(30)))
+    group.submit("events", [Record(None, b"a")])
+    entered.wait(30)
+    assert group.submit("events", [Record(None, b"b")]).cancel()
+    go.set()
+    group.close()
+    assert [record.value for record in log.read("events", 0)] == [b"a"]
+
+
+def test_a_path_is_opened_once_per_process(log):
+    with pytest.raises(lmdb.Error):
+        DurableLog(log.path, remember_us=REMEMBER)

@@ -1,0 +1,113 @@
+"""Batch verdict = request verdict = the naive oracle's, for every record."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.contracts import requests, rows
+from pipelines.contracts.events import contract_schema
+from pipelines.spec import Contract, FieldType
+from tests.data import contract_oracle as oracle
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_both_engines_break_the_same_rules_as_the_oracle(data: st.DataObject) -> None:
+    contract = data.draw(oracle.contracts())
+    records = data.draw(st.lists(oracle.records(contract), min_size=1, max_size=8))
+    parsed = rows.from_records(contract, records)
+    verdict = rows.check(contract, parsed, oracle.NOW_US)
+    model = requests.compile_model(contract)
+    listed = verdict.rules_column().to_pylist()
+    for place, record in enumerate(records):
+        expected = oracle.record_rules(contract, record)
+        assert list(verdict.rules_of(place)) == expected
+        assert bool(verdict.accepted[place]) == (not expected)
+        typed, problems = requests.check_record(model, record, oracle.NOW_US)
+        assert [p.rule for p in problems] == expected
+        assert all(p.message for p in problems)
+        if expected:
+            assert typed is None
+            assert listed.pop(0) == expected
+        else:  # both engines also read the same value
+            assert _plain(typed) == _plain(parsed.table.slice(place, 1).to_pylist()[0])
+    assert listed == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_typed_columns_are_judged_like_the_records_they_hold(data: st.DataObject) -> None:
+    contract = data.draw(oracle.contracts())
+    records = [
+        {f.name: oracle.typed(f, record.get(f.name)) for f in contract.fields}
+        for record in data.draw(st.lists(oracle.records(contract), min_size=1, max_size=8))
+        if isinstance(record, dict)
+    ]
+    table = pa.Table.from_pylist(records, schema=contract_schema(contract))
+    assert _rules(contract, rows.from_arrow(contract, table)) == [
+        oracle.record_rules(contract, record) for record in records
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_text_cells_are_judged_like_the_values_they_spell(data: st.DataObject) -> None:
+    contract = data.draw(oracle.contracts())
+    records = [
+        {f.name: oracle.typed(f, record.get(f.name)) for f in contract.fields}
+        for record in data.draw(st.lists(oracle.records(contract), min_size=1, max_size=8))
+        if isinstance(record, dict)
+    ]
+    cells = {f.name: pa.array([_cell(r[f.name]) for r in records], pa.string()) for f in contract.fields}
+    assert _rules(contract, rows.from_text(contract, pa.table(cells))) == [
+        oracle.record_rules(contract, record) for record in records
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_row_is_judged_alike_whatever_its_neighbours(data: st.DataObject) -> None:
+    contract = data.draw(oracle.contracts())
+    cell = st.one_of(
+        st.none(),
+        st.sampled_from(
+            ["1", "1.", "-.5", "1e999", "+1", " 1", "0x10", "007", "9" * 20, "9" * 5000, "nan", "-Inf"]
+        ),
+        st.sampled_from(["true", "FALSE", "yes", "2026-02-30T00:00:00Z", "2026-02-27T00:00:00.123456000Z"]),
+        st.sampled_from(
+            ["9999-12-31T23:30:00-01:00", "2026-02-27 00:00:00+01:00", "2026-02-27T00:00:00", "a\n"]
+        ),
+    )
+    columns = {f.name: data.draw(st.lists(cell, min_size=4, max_size=4)) for f in contract.fields}
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    together = _rules(contract, rows.from_text(contract, table))
+    alone = [_rules(contract, rows.from_text(contract, table.slice(place, 1)))[0] for place in range(4)]
+    assert together == alone
+    for field in contract.fields:
+        if field.type in (FieldType.STRING, FieldType.TIMESTAMP):
+            judged = [[r for r in found if r.startswith(f"{field.name}.")] for found in together]
+            values = columns[field.name]
+            assert judged == [
+                [f"{field.name}.{r}" for r in oracle.field_rules(contract, field, value)] for value in values
+            ]
+
+
+def _rules(contract: Contract, parsed: rows.Parsed) -> list[list[str]]:
+    verdict = rows.check(contract, parsed, oracle.NOW_US)
+    return [list(verdict.rules_of(place)) for place in range(parsed.table.num_rows)]
+
+
+def _cell(value: Any) -> str | None:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return None if value is None else str(value)
+
+
+def _plain(record: dict[str, Any] | None) -> dict[str, str]:
+    assert record is not None
+    return {name: f"{type(value).__name__} {value!s}" for name, value in record.items()}
