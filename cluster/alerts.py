@@ -128,9 +128,7 @@ class Alerts:
 
 
 def _open_one(name: str, subject: str) -> Any:
-    return select(ALERTS).where(
-        ALERTS.c.name == name, ALERTS.c.subject == subject, ALERTS.c.resolved_us.is_(None)
-    )
+    return select(ALERTS).where(ALERTS.c.name == name, ALERTS.c.subject == subject, ALERTS.c.resolved_us.is_(None))
 
 
 def _alert(row: Row[Any]) -> Alert:

@@ -71,9 +71,7 @@ class ReplayClock:
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             if moment_us < self._word[0]:
-                raise ValueError(
-                    f"the replay clock is at {self._word[0]} us and cannot go back to {moment_us}"
-                )
+                raise ValueError(f"the replay clock is at {self._word[0]} us and cannot go back to {moment_us}")
             self._word[0] = moment_us
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)

@@ -124,9 +124,7 @@ class Database:
             )
         return load
 
-    def finish_load(
-        self, load_id: str, status: Literal["published", "refused"], manifest: dict[str, Any]
-    ) -> None:
+    def finish_load(self, load_id: str, status: Literal["published", "refused"], manifest: dict[str, Any]) -> None:
         """Record how a load ended. A load that ended the same way before keeps its first manifest.
 
         Raises ``KeyError`` for a load never begun, ``ValueError`` when it ended the other way.

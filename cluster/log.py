@@ -181,9 +181,7 @@ class Transaction:
         """
         for record in records:
             if not isinstance(record.value, bytes) or not isinstance(record.identity, bytes | None):
-                raise TypeError(
-                    f"stream {stream!r}: identity and value of a record must be bytes, not {record!r}"
-                )
+                raise TypeError(f"stream {stream!r}: identity and value of a record must be bytes, not {record!r}")
         state = self._state(stream)
         known_at = max(self._now, state.known_at)
         head = _HEAD.pack(FORMAT, known_at)
@@ -228,8 +226,7 @@ def _stream_key(stream: str) -> bytes:
 def _check_format(version: int, what: str) -> None:
     if version != FORMAT:
         raise ValueError(
-            f"{what} has format {version}; this code reads format {FORMAT}: "
-            "drain the log with the code that wrote it"
+            f"{what} has format {version}; this code reads format {FORMAT}: drain the log with the code that wrote it"
         )
 
 
@@ -245,9 +242,7 @@ class _Submission:
             self.future.set_exception(error)
         else:
             count = len(self.records)
-            logger.error(
-                "%d records of stream %r that nobody waits for failed: %s", count, self.stream, error
-            )
+            logger.error("%d records of stream %r that nobody waits for failed: %s", count, self.stream, error)
 
 
 class _HandTo:
@@ -283,7 +278,7 @@ class GroupCommit:
         self,
         log: DurableLog,
         clock: Clock,
-        after_commit: Callable[[], None] | None = None,
+        after_commit: Callable[[], object] | None = None,
         *,
         max_waiting: int = 100_000,
         group_records: int = 20_000,

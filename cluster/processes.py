@@ -59,14 +59,12 @@ def session_pids(marker: str) -> list[int]:
     return [
         pid
         for pid in pids()
-        if pid != os.getpid()
-        and wanted in _read(_PROC / str(pid) / "environ").split(b"\0")
-        and not _is_zombie(pid)
+        if pid != os.getpid() and wanted in _read(_PROC / str(pid) / "environ").split(b"\0") and not _is_zombie(pid)
     ]
 
 
 def end(find: Callable[[], Iterable[int]], *, grace_s: float = 5.0) -> list[int]:
-    """Ends what ``find`` names: SIGTERM, then SIGKILL to those alive after ``grace_s`` seconds; returns what is left."""
+    """Ends what ``find`` names: SIGTERM, and SIGKILL after ``grace_s`` seconds. Returns what is left."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + grace_s
         for pid in find():

@@ -106,9 +106,7 @@ class Settings(BaseModel):
     def environment(self) -> dict[str, str]:
         """The variables from which ``from_environment`` makes these same settings, in any directory."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {
-            PREFIX + name.upper(): "" if value is None else _text(value) for name, value in values.items()
-        }
+        return {PREFIX + name.upper(): "" if value is None else _text(value) for name, value in values.items()}
 
     @property
     def clock_file(self) -> Path:

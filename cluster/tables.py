@@ -64,15 +64,15 @@ class Tables:
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, str] | None = None) -> None:
+        if not url.startswith(("file:///", "s3://")):
+            raise ValueError(f"tables live below file:///… or s3://…, not {url!r}")
         self.url = url.rstrip("/")
         self.storage_options = dict(storage_options or {})
 
     def uri(self, name: str) -> str:
         """The URI of a table, with its scheme."""
         if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
-            raise ValueError(
-                f"table name {name!r} must be words of letters, digits, '_', '-', '.' between '/'"
-            )
+            raise ValueError(f"table name {name!r} must be words of letters, digits, '_', '-', '.' between '/'")
         return f"{self.url}/{name}"
 
     def exists(self, name: str) -> bool:
@@ -102,6 +102,8 @@ class Tables:
                     configuration={_SCHEMA_KEY: _pack(schema)},
                     raise_if_key_not_exists=False,
                     storage_options=self.storage_options or None,
+                    # A second try would add this definition to the table that another process made meanwhile.
+                    commit_properties=CommitProperties(max_commit_retries=0),
                 )
             except DeltaError:
                 if not self.exists(name):  # otherwise another process created it meanwhile
@@ -113,9 +115,7 @@ class Tables:
                 f"table {name!r} is partitioned by {existing}, not by {list(partition_by)}: use another name"
             )
 
-    def write_file(
-        self, name: str, table: pa.Table, partition: Mapping[str, int | str] | None = None
-    ) -> DataFile:
+    def write_file(self, name: str, table: pa.Table, partition: Mapping[str, int | str] | None = None) -> DataFile:
         """Write one Parquet file of a uniquely named path; nothing sees it before ``commit``.
 
         ``partition`` gives the value of every partition column; those columns are not in the file.
@@ -251,8 +251,7 @@ class Tables:
 
     def _commit(self, handle: DeltaTable, files: Sequence[DataFile], transaction: Transaction) -> None:
         actions: list[AddAction | RemoveAction] = [
-            AddAction(file.path, file.size, file.partition, file.modified_ms, True, file.stats)
-            for file in files
+            AddAction(file.path, file.size, file.partition, file.modified_ms, True, file.stats) for file in files
         ]
         handle.create_write_transaction(
             actions,
@@ -354,11 +353,7 @@ def _declared(handle: DeltaTable) -> pa.Schema:
 def _compare(name: str, table: pa.Schema, given: pa.Schema) -> None:
     mine = {field.name: field.type for field in table}
     other = {field.name: field.type for field in given}
-    faults = [
-        f"{key} is {mine[key]}, given {other[key]}"
-        for key in mine
-        if key in other and mine[key] != other[key]
-    ]
+    faults = [f"{key} is {mine[key]}, given {other[key]}" for key in mine if key in other and mine[key] != other[key]]
     faults += [f"{key} ({mine[key]}) is missing" for key in mine if key not in other]
     faults += [f"{key} ({other[key]}) is not a column of it" for key in other if key not in mine]
     if faults:

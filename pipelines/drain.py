@@ -14,7 +14,6 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.clock import Clock
 from cluster.database import Database
 from cluster.log import DurableLog, LogRecord
 from cluster.settings import Settings
@@ -50,7 +49,10 @@ def drain(
     *,
     stop_at: Mapping[str, int] | None = None,
 ) -> Drained:
-    """Moves what every stream holds (through sequence ``stop_at[stream]``) to its table, then trims the log.
+    """Moves what every stream holds to its table, then trims the log.
+
+    A stream named in ``stop_at`` is moved through that sequence only: what state has not applied yet must stay in
+    the log.
 
     At most ``settings.drain_rows`` records go into one commit. An event whose id the table already has from a
     bulk load goes to the quarantine with ``key.duplicate``. The caller holds the lease: see ``drain_once``.
@@ -65,7 +67,7 @@ def drain(
     schemas = {QUARANTINE: events.QUARANTINE_SCHEMA, PREDICTIONS: SERVED_SCHEMA, OUTCOMES: OUTCOME_SCHEMA}
     rows, versions, duplicates = dict.fromkeys(names, 0), {}, 0
     for stream, name in names.items():
-        through = log.last(stream) if stop_at is None else min(stop_at.get(stream, 0), log.last(stream))
+        through = min(log.last(stream), (stop_at or {}).get(stream, log.last(stream)))
         if through < log.first(stream):
             continue
         if stream == EVENTS:
@@ -76,7 +78,7 @@ def drain(
         done = tables.marker(name, f"drain/{stream}") or 0
         if done >= log.first(stream):  # an earlier drain died between its commit and its trim
             if stream == EVENTS:
-                duplicates += _recover(use_case, log, tables, settings, done)
+                duplicates += _recover(use_case, log, tables, done)
             log.trim(stream, done)
         while done < through:
             records = log.read(stream, done, min(settings.drain_rows, through - done))
@@ -92,9 +94,7 @@ def drain(
             versions[stream] = tables.append(name, table, f"drain/{stream}", last).version
             rows[stream] += table.num_rows
             if stream == EVENTS:
-                duplicates += _refuse(
-                    use_case, tables, [r for r, new in zip(records, keep, strict=True) if not new]
-                )
+                duplicates += _refuse(use_case, tables, [r for r, new in zip(records, keep, strict=True) if not new])
             log.trim(stream, last)
             done = last
     return Drained({stream: count for stream, count in rows.items() if count}, duplicates, versions)
@@ -106,15 +106,15 @@ def drain_once(
     tables: Tables,
     database: Database,
     settings: Settings,
-    clock: Clock,
     holder: str,
+    *,
+    stop_at: Mapping[str, int] | None = None,
 ) -> Drained | None:
     """``drain`` under the lease of the use case; None, and nothing done, while another holds it."""
-    del clock
     if not leases.try_events(database, use_case, holder):
         return None
     try:
-        return drain(use_case, log, tables, settings)
+        return drain(use_case, log, tables, settings, stop_at=stop_at)
     finally:
         leases.release_events(database, use_case, holder)
 
@@ -145,8 +145,8 @@ def _new(use_case: UseCase, tables: Tables, rows: pa.Table) -> np.ndarray:
     return unique_keys(rows.column(events.EVENT_ID).combine_chunks(), held.column(events.EVENT_ID))
 
 
-def _recover(use_case: UseCase, log: DurableLog, tables: Tables, settings: Settings, done: int) -> int:
-    """Quarantines the records up to ``done`` that the table does not show: they were refused as duplicates."""
+def _recover(use_case: UseCase, log: DurableLog, tables: Tables, done: int) -> int:
+    """Quarantines the records up to ``done`` that are not in the table: they were refused as duplicates."""
     records = log.read(EVENTS, 0, done - log.first(EVENTS) + 1)
     shown = (pc.field(events.SEQUENCE) >= records[0].sequence) & (pc.field(events.SEQUENCE) <= done)
     held = tables.read(enforce.events_table(use_case), columns=[events.SEQUENCE], filter=shown)

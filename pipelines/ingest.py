@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
-from cluster.clock import Clock, SystemClock, open_clock
+from cluster.clock import Clock, open_clock
 from cluster.database import Database
 from cluster.filesystems import open_filesystem
-from cluster.log import DurableLog
 from cluster.settings import Settings
 from cluster.tables import DataFile, Tables
 from pipelines import usecases
@@ -58,15 +57,13 @@ def ingest(
     clock: Clock,
     load_id: str | None = None,
     engine: Literal["auto", "arrow", "ray"] = "auto",
-    log: DurableLog | None = None,
 ) -> LoadReport:
     """Loads files, directories or s3:// URIs of .parquet, .csv and .jsonl into the use case's events table.
 
     A load is known by ``load_id`` (by default a hash of names and contents): one that ended before is only
     reported, one that was interrupted is completed as if it had not been. When more than the contract's
-    share of rows is refused no event is published; all its rows are in the quarantine. ``auto`` takes Ray above
-    ``settings.ray_rows`` rows if this process is connected to it. With ``log``, ingest over HTTP on this node
-    will know the load's recent event ids.
+    share of rows is refused no event is published; all its rows are in the quarantine. ``auto`` is Ray above
+    ``settings.ray_rows`` rows if this process is connected to it.
 
     Events are committed before the quarantine: the two markers then tell an interrupted load's decision.
     """
@@ -101,8 +98,6 @@ def ingest(
     with events_lease(database, use_case, holder) as still_held:
         report = _publish(context, chosen, staged, work, still_held)
     report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
-    if log is not None and report.status == "published":
-        _remember(context, log, settings, work)
     ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
     database.finish_load(load_id, ended, asdict(report))
     filesystem, path = open_filesystem(staging, options)
@@ -165,9 +160,7 @@ def _buckets(staged: list[enforce.Staged]) -> list[enforce.Bucket]:
     high = max((s.latest_us for s in staged if s.latest_us is not None), default=0)
     numbers = sorted({bucket for part in staged for bucket in part.files})
     return [
-        enforce.Bucket(
-            number, tuple(part.files[number] for part in staged if number in part.files), low, high
-        )
+        enforce.Bucket(number, tuple(part.files[number] for part in staged if number in part.files), low, high)
         for number in numbers
     ]
 
@@ -187,17 +180,6 @@ def _engine(
     return "ray" if sources.estimated_rows(found, options) > settings.ray_rows else "arrow"
 
 
-def _remember(
-    context: enforce.LoadContext, log: DurableLog, settings: Settings, work: list[enforce.Bucket]
-) -> None:
-    oldest_us = context.as_of_us - settings.remember_seconds * 1_000_000
-    for bucket in work:
-        ids = enforce.published_ids(context, bucket.bucket, oldest_us)
-        for start in range(0, len(ids), 10_000):  # short transactions: they hold the node's only writer lock
-            with log.transaction(SystemClock().now()) as transaction:
-                transaction.remember("events", [i.encode() for i in ids[start : start + 10_000]])
-
-
 def _files(files: Any) -> list[DataFile]:
     return [file for file in files if file is not None]
 
@@ -206,9 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The job: 0 when the load is in the table, 1 when it was refused."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.ingest", description=__doc__)
     parser.add_argument("usecase", choices=usecases.names())
-    parser.add_argument(
-        "sources", nargs="+", help="files, directories or s3:// URIs of .parquet, .csv, .jsonl"
-    )
+    parser.add_argument("sources", nargs="+", help="files, directories or s3:// URIs of .parquet, .csv, .jsonl")
     parser.add_argument("--load-id", help="by default a hash of the files' names and contents")
     parser.add_argument("--engine", choices=("auto", "arrow", "ray"), default="auto")
     given = parser.parse_args(arguments)

@@ -30,11 +30,11 @@ from pipelines.features.offline import backfill
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 from pipelines.statistics.conformal import conformal_half_width
-from pipelines.training.artifact import Artifact, Calibration, Output, Runner, save, write_page
+from pipelines.training.artifact import Artifact, Calibration, Output, Runner, load, save, write_page
 from pipelines.training.dataset import Frame, Parts, load_examples, split
 from pipelines.training.fit import Fitted, Snapshot, batch_of, fit
 from pipelines.training.networks import residual_target
-from pipelines.training.registry import Registry
+from pipelines.training.registry import ModelVersion, Registry
 from pipelines.validation.gates import judge_gate
 from pipelines.validation.metrics import accuracy, accuracy_by
 from pipelines.validation.report import Report
@@ -46,7 +46,7 @@ _VERSIONED = ("torch", "onnx", "onnxruntime", "numpy", "ray")
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one training run made; ``requested`` tells whether it asked for a release, ``seconds`` is by step."""
+    """What a training run made; ``requested``: whether it asked for a release; ``seconds`` by step."""
 
     use_case: str
     version: str
@@ -96,23 +96,15 @@ def train(
         seconds.lap("artifact")
         report = validate(use_case, Runner(folder), parts.test)
         seconds.lap("validate")
-        registry = registry or Registry(settings)
-        made = registry.register(
-            folder,
-            gates=report.to_json(),
-            gates_passed=report.passed,
-            params=use_case.model.model_dump(mode="json", include=set(_PARAMS)),
-            metrics={**_figures(report), **{f"loss_{k}": v for k, v in fitted.losses[-1].items()}},
+        made, requested = register(
+            use_case,
+            Path(folder),
+            report,
+            registry=registry or Registry(settings),
+            database=database,
+            now_us=clock.now(),
         )
         seconds.lap("register")
-    requested = False
-    if report.passed:
-        payload = {
-            "gates": report.to_json()["gates"],
-            "view": snapshot.view,
-            "contract": use_case.contract.version,
-        }
-        requested = database.request_release(use_case.name, made.version, payload, clock.now())
     rows = {
         "train": fitted.rows, "calibration": len(parts.calibration), "test": len(parts.test),
         "between_parts": parts.left_out, "without_anchor": fitted.left_out,
@@ -130,9 +122,29 @@ def train(
     )
 
 
-def make_artifact(
-    use_case: UseCase, fitted: Fitted, parts: Parts, snapshot: Snapshot, directory: Path
-) -> Artifact:
+def register(
+    use_case: UseCase, directory: Path, report: Report, *, registry: Registry, database: Database, now_us: int
+) -> tuple[ModelVersion, bool]:
+    """Register the model version in ``directory``, and ask for its release if ``report`` passed.
+
+    Returns the version and whether a release was requested. A version that failed stays, marked as such.
+    """
+    page = load(directory)
+    losses = page.training["losses"][-1]
+    made = registry.register(
+        directory,
+        gates=report.to_json(),
+        gates_passed=report.passed,
+        params=use_case.model.model_dump(mode="json", include=set(_PARAMS)),
+        metrics={**_figures(report), **{f"loss_{name}": value for name, value in losses.items()}},
+    )
+    if not report.passed:
+        return made, False
+    payload = {"gates": report.to_json()["gates"], "view": page.view, "contract": page.contract_version}
+    return made, database.request_release(use_case.name, made.version, payload, now_us)
+
+
+def make_artifact(use_case: UseCase, fitted: Fitted, parts: Parts, snapshot: Snapshot, directory: Path) -> Artifact:
     """Write the fitted network as a calibrated model version into ``directory``."""
     model, contract = use_case.model, use_case.contract
     field = contract.field(model.target.field)
@@ -240,9 +252,7 @@ _PARAMS = (
 
 def _figures(report: Report) -> dict[str, float]:
     figures = {f"test_{name}": float(value) for name, value in asdict(report.test).items()}
-    figures |= {
-        f"gate_{gate.name}_{end}": getattr(gate, end) for gate in report.gates for end in ("ratio", "upper")
-    }
+    figures |= {f"gate_{gate.name}_{end}": getattr(gate, end) for gate in report.gates for end in ("ratio", "upper")}
     return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
@@ -260,9 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The job's entry point; exit code 1 when the gates did not pass."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.train", description=__doc__)
     parser.add_argument("use_case", choices=usecases.names())
-    parser.add_argument(
-        "--events-version", type=int, help="a version of the events table; default: the newest"
-    )
+    parser.add_argument("--events-version", type=int, help="a version of the events table; default: the newest")
     chosen = parser.parse_args(arguments)
     settings = Settings.from_environment()
     connect(settings)

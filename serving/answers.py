@@ -73,9 +73,7 @@ class Predictor:
         entities = [record[use_case.contract.entity] for record in records]
         read = self._reader.read(entities, now_us)
         inputs = {
-            name: np.array(
-                [np.nan if (v := record.get(name)) is None else v for record in records], dtype=np.float64
-            )
+            name: np.array([np.nan if (v := record.get(name)) is None else v for record in records], dtype=np.float64)
             for name in self._numbers
         }
         columns = derived.columns(use_case.view, read.values, inputs, np.full(count, now_us, dtype=np.int64))
@@ -142,7 +140,7 @@ class Predictor:
 
     def warm(self, champion: LoadedVersion, now_us: int) -> None:
         """Answers made-up rows and drops the answers, so that no caller waits for a compiler or a first page."""
-        record = {self._use_case.contract.entity: ""} | dict.fromkeys(self._strings, "") | dict.fromkeys(self._numbers, 1.0)
+        record: dict[str, Any] = dict.fromkeys(self._strings, "") | dict.fromkeys(self._numbers, 1.0)
         for count in (1, 2):
             self.answer([record] * count, champion, now_us)
 

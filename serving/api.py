@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from serving import wire
@@ -15,6 +15,8 @@ from serving.problems import MEDIA_TYPE, Problem
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
+
+_BEARER = HTTPBearer(auto_error=False)  # shows the scheme in the description; KeyRing decides
 
 
 def _response(problem: Problem) -> Response:
@@ -32,16 +34,13 @@ def build_api(gateway: Gateway) -> FastAPI:
         openapi_url="/openapi.json",
         redoc_url=None,
     )
-    bearer = HTTPBearer(auto_error=False)
 
-    def allow(scope: Scope) -> Any:
-        def check(
-            request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None
-        ) -> None:
+    def allow(scope: Scope) -> list[Any]:
+        def check(request: Request) -> None:
             authorization = request.headers.get("authorization")
             gateway.keys.require(authorization.encode() if authorization else None, scope)
 
-        return Depends(check)
+        return [Depends(_BEARER), Depends(check)]
 
     @app.exception_handler(Problem)
     async def problem(_: Request, error: Problem) -> Response:
@@ -59,28 +58,28 @@ def build_api(gateway: Gateway) -> FastAPI:
     async def refused(_: Request, error: HTTPException) -> Response:
         return _response(Problem(error.status_code, str(error.detail), f"See {prefix}/docs for what there is."))
 
-    @app.post("/predict", dependencies=[allow(Scope.PREDICT)], tags=["predict"])
+    @app.post("/predict", dependencies=allow(Scope.PREDICT), tags=["predict"])
     async def predict(body: wire.PredictRequest) -> wire.PredictResponse:
         """Answers each instance with a value, an interval and the status of its features."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
-    @app.post("/events", dependencies=[allow(Scope.INGEST)], tags=["ingest"])
+    @app.post("/events", dependencies=allow(Scope.INGEST), tags=["ingest"])
     async def events(body: wire.EventsRequest) -> wire.EventsResponse:
         """Takes events; each is acknowledged when it is durable, or quarantined with the rules it breaks."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
-    @app.post("/feedback", dependencies=[allow(Scope.FEEDBACK)], tags=["feedback"])
+    @app.post("/feedback", dependencies=allow(Scope.FEEDBACK), tags=["feedback"])
     async def feedback(body: wire.FeedbackRequest) -> wire.FeedbackResponse:
         """Takes outcomes of earlier predictions; they are durable when this answers."""
         await gateway.outcomes([outcome.model_dump() for outcome in body.outcomes])
         return wire.FeedbackResponse(accepted=len(body.outcomes))
 
-    @app.get("/features/{entity}", dependencies=[allow(Scope.READ)], tags=["read"])
+    @app.get("/features/{entity}", dependencies=allow(Scope.READ), tags=["read"])
     def features(entity: str) -> wire.FeaturesResponse:
         """What state holds for an entity: value, status and age of every stored feature."""
         return wire.FeaturesResponse(**gateway.predictor.features(entity, gateway.clock.now()))
 
-    @app.get("/status", dependencies=[allow(Scope.READ)], tags=["read"])
+    @app.get("/status", dependencies=allow(Scope.READ), tags=["read"])
     def status() -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
         return gateway.status()

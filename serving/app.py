@@ -50,7 +50,6 @@ def deploy(usecase: str, settings: Settings) -> RoutingTable:
     database.create()
     table = releases.adopt_first(use_case.name, database, open_clock(settings))
     deployment = serve.deployment(
-        _Gateway,
         name="gateway",
         num_replicas=settings.gateway_replicas,
         max_ongoing_requests=256,
@@ -59,18 +58,13 @@ def deploy(usecase: str, settings: Settings) -> RoutingTable:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )
+    )(_Gateway)
     serve.run(
         deployment.bind(use_case.name),
         name=use_case.name,
         route_prefix=f"/v1/{use_case.name}",
     )
     return table
-
-
-def withdraw(usecase: str) -> None:
-    """Removes the use case's application; its log, state and tables stay."""
-    serve.delete(usecase)
 
 
 def main(arguments: list[str] | None = None) -> int:

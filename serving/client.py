@@ -104,9 +104,9 @@ class _Connection:
 
 
 def _lost_on_the_way(response: httpx.Response) -> bool:
-    # The proxy itself answers 5xx when no replica did; a gateway's refusal is a problem document.
-    kind = response.headers.get("content-type", "")
-    return response.status_code >= 500 and not kind.startswith(_PROBLEM)
+    # While no replica runs the proxy itself answers, with 404 or 5xx; a gateway's refusal is a problem document.
+    refused = response.headers.get("content-type", "").startswith(_PROBLEM)
+    return not refused and (response.status_code == 404 or response.status_code >= 500)
 
 
 def _read(call: _Call[Answer], response: httpx.Response) -> Answer:

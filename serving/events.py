@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import orjson
@@ -24,7 +22,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts.events import LOAD_ID, encode_event, event_id
 from pipelines.contracts.requests import check_record, compile_model
-from pipelines.drain import drain_once
+from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE, drain_once
 from pipelines.spec import UseCase
 from serving.problems import Problem
 
@@ -34,9 +32,7 @@ SOURCE = "http"
 class EventIntake:
     """Checks, logs and acknowledges events; also carries the records of predictions and outcomes."""
 
-    def __init__(
-        self, use_case: UseCase, log: DurableLog, clock: Clock, project: Callable[[], None]
-    ) -> None:
+    def __init__(self, use_case: UseCase, log: DurableLog, clock: Clock, project: Callable[[], object]) -> None:
         self._contract = use_case.contract
         self._model = compile_model(use_case.contract)
         self._clock = clock
@@ -73,9 +69,9 @@ class EventIntake:
         waiting = []
         try:
             if refused:
-                waiting.append(self._commit.submit("quarantine", refused))
+                waiting.append(self._commit.submit(QUARANTINE, refused))
             if accepted:
-                waiting.append(self._commit.submit("events", accepted))
+                waiting.append(self._commit.submit(EVENTS, accepted))
         except LogFull as error:
             raise Problem(429, "The event log is full", str(error), retry_after_s=1) from error
         done = await asyncio.gather(*map(asyncio.wrap_future, waiting))
@@ -83,16 +79,23 @@ class EventIntake:
             results[place]["duplicate" if sequence is None else "sequence"] = sequence is None or sequence
         return results
 
-    def record(self, stream: str, values: Sequence[bytes]) -> Future[list[int | None]]:
-        """Logs records of another stream; the future is done when they are durable."""
+    async def outcomes(self, values: Sequence[bytes]) -> None:
+        """Logs outcomes; returns when they are durable. Raises ``Problem`` 429 when the log cannot take more."""
         try:
-            return self._commit.submit(stream, [Record(None, value) for value in values])
+            done = self._commit.submit(OUTCOMES, [Record(None, value) for value in values])
         except LogFull as error:
             raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
+        await asyncio.wrap_future(done)
 
-    def record_quietly(self, stream: str, values: Sequence[bytes]) -> None:
-        """Logs records that nobody waits for; a crash may lose those of the last moment."""
-        self._commit.submit_quiet(stream, [Record(None, value) for value in values])
+    def predictions(self, values: Sequence[bytes]) -> None:
+        """Logs predictions, for which nobody waits; a crash may lose those of the last moment.
+
+        Raises ``Problem`` 429 when the log cannot take more: an answer that is not logged could never be audited.
+        """
+        try:
+            self._commit.submit_quiet(PREDICTIONS, [Record(None, value) for value in values])
+        except LogFull as error:
+            raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
 
     def close(self) -> None:
         """Writes what waits, then stops."""
@@ -113,19 +116,25 @@ class EventIntake:
 
 
 class Drain:
-    """Moves the log to the tables in the background, for as long as this process holds the drain's lease."""
+    """Moves the log to the tables in the background, whenever nobody else of the node or cluster does.
+
+    State is brought up to the log first, and no event leaves the log before state has it.
+    """
 
     def __init__(
         self,
         use_case: UseCase,
         log: DurableLog,
+        project: Callable[[], int],
         tables: Tables,
         database: Database,
         settings: Settings,
-        clock: Clock,
         holder: str,
     ) -> None:
-        self._run = partial(drain_once, use_case, log, tables, database, settings, clock, holder)
+        def turn() -> None:
+            drain_once(use_case, log, tables, database, settings, holder, stop_at={EVENTS: project()})
+
+        self._turn = turn
         self._period = settings.drain_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="drain", daemon=True)
@@ -135,7 +144,7 @@ class Drain:
     def _loop(self) -> None:
         while not self._stop.wait(self._period):
             try:
-                self._run()
+                self._turn()
                 self.failure = None
             except (OSError, DeltaError, OperationalError) as error:
                 # Nothing is lost: the records stay in the log, readiness reports it, and the next turn tries again.

@@ -21,6 +21,7 @@ from cluster.log import DurableLog
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
+from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
 from pipelines.features.online import OnlineState, log_path, state_path
 from serving import routing
 from serving.answers import Predictor
@@ -55,9 +56,7 @@ class Gateway:
         self.intake = EventIntake(self.use_case, self.log, self.clock, self._project)
         self.predictor = Predictor(self.use_case, self.state.bind())
         self.holder = f"{socket.gethostname()}:{os.getpid()}"
-        self.drain = Drain(
-            self.use_case, self.log, self.tables, self.database, settings, self.clock, self.holder
-        )
+        self.drain = Drain(self.use_case, self.log, self._project, self.tables, self.database, settings, self.holder)
         table = routing.read(self.database, usecase)
         if table is None:
             raise RuntimeError(f"{usecase!r} has no champion: release a version before its gateway starts")
@@ -75,9 +74,7 @@ class Gateway:
         """Answers ``POST …/predict`` and ``POST …/events``; hands every other route to FastAPI."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"]
-            handler = (
-                self.predict if path.endswith("/predict") else self.ingest if path.endswith("/events") else None
-            )
+            handler = self.predict if path.endswith("/predict") else self.ingest if path.endswith("/events") else None
             if handler is not None:
                 try:
                     status, headers, body = 200, [(b"content-type", b"application/json")], await handler(scope, receive)
@@ -98,7 +95,7 @@ class Gateway:
             answered = self.predictor.answer(records, champion, now)
         else:
             answered = await asyncio.to_thread(self.predictor.answer, records, champion, now)
-        self.intake.record_quietly("predictions", answered.records)
+        self.intake.predictions(answered.records)
         return orjson.dumps(answered.document)
 
     async def ingest(self, scope: ASGIScope, receive: Receive) -> bytes:
@@ -115,12 +112,11 @@ class Gateway:
     async def outcomes(self, outcomes: list[dict[str, Any]]) -> None:
         """Logs outcomes durably before they are acknowledged."""
         now = self.clock.now()
-        values = [orjson.dumps({**outcome, "at": now}) for outcome in outcomes]
-        await asyncio.wrap_future(self.intake.record("outcomes", values))
+        await self.intake.outcomes([orjson.dumps({**outcome, "at": now}) for outcome in outcomes])
 
     def status(self) -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
-        streams = ("events", "quarantine", "predictions", "outcomes")
+        streams = (EVENTS, QUARANTINE, PREDICTIONS, OUTCOMES)
         return {
             "usecase": self.use_case.name,
             "replica": self.holder,
@@ -143,8 +139,8 @@ class Gateway:
         self.intake.close()
         self.drain.close()
 
-    def _project(self) -> None:
-        self.state.project(self.log)
+    def _project(self) -> int:
+        return self.state.project(self.log)
 
     async def _json(self, receive: Receive) -> Any:
         body = await read_body(receive, self.settings.body_limit)

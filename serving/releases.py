@@ -36,9 +36,7 @@ def adopt_first(usecase: str, database: Database, clock: Clock) -> RoutingTable:
             f"{usecase!r} has no champion and no release request: run `python -m pipelines.train {usecase}` and see "
             "whether the version's gates passed"
         )
-    database.append_journal(
-        usecase, "champion_adopted", {"version": request.version, **request.payload}, clock.now()
-    )
+    database.append_journal(usecase, "champion_adopted", {"version": request.version, **request.payload}, clock.now())
     table = routing.publish(database, usecase, None, champion=request.version)
     database.finish_release(usecase, request.version, "promoted")
     return table

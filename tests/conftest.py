@@ -14,9 +14,7 @@ from cluster import session
 from cluster.settings import Settings
 
 _HOME = Path(tempfile.mkdtemp(prefix="tidegate-tests-"))
-CLUSTER = Settings(
-    home=_HOME, clock="replay", http_port=session.free_port(), num_cpus=2, buckets=4, drain_seconds=0.5
-)
+CLUSTER = Settings(home=_HOME, clock="replay", http_port=session.free_port(), num_cpus=2, buckets=4, drain_seconds=0.5)
 # Ray and Serve read these when a test module imports them, before any fixture runs.
 os.environ.update(session.driver_environment(CLUSTER))
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / "var" / "cache" / "numba"))

@@ -1,4 +1,4 @@
-"""Real services that tests start for themselves: PostgreSQL from Debian's binaries, S3 over HTTP from moto."""
+"""Real services that tests start for themselves: PostgreSQL from Debian's binaries, S3 from moto."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ def postgresql() -> Iterator[str]:
         owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     server = None
     try:
-        _run([binaries / "initdb", "-D", home / "data", "-U", "tidegate", "-A", "trust", "-E", "UTF8", "-N"], home, owner)
-        command = [binaries / "postgres", "-D", home / "data", "-k", home, "-h", "", "-F"]
+        _run(
+            [binaries / "initdb", "-D", home / "data", "-U", "tidegate", "-A", "trust", "-E", "UTF8", "-N"],
+            home,
+            owner,
+        )
+        command: list[Any] = [binaries / "postgres", "-D", home / "data", "-k", home, "-h", "", "-F"]
         with open(home / "log", "w") as log:
             server = subprocess.Popen(command, cwd=home, stdout=log, stderr=subprocess.STDOUT, **owner)
         deadline = time.monotonic() + 60

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster.filesystems import open_filesystem
 from cluster.tables import DataFile, Tables
@@ -222,17 +221,6 @@ def settle(
     )
 
 
-def published_ids(context: LoadContext, bucket: int, oldest_us: int) -> list[str]:
-    """Event ids that this load has put into one bucket, of events not older than ``oldest_us``."""
-    oldest = pa.scalar(oldest_us, pa.int64()).cast(events.INSTANT)
-    mine = (pc.field(events.LOAD_ID) == context.load_id) & (pc.field(context.contract.time) >= oldest)
-    held = context.tables.read(
-        context.events, columns=[events.EVENT_ID], filter=mine, partition={events.BUCKET: [bucket]}
-    )
-    ids: list[str] = held.column(events.EVENT_ID).to_pylist()
-    return ids
-
-
 def run(engine: Engine, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """``function`` of every item, in order: here, or in Ray Data tasks of half a CPU.
 
@@ -257,16 +245,20 @@ def run(engine: Engine, function: Callable[[Any], Any], items: Sequence[Any]) ->
 
 class _Writer:
     def __init__(self, context: LoadContext, bucket: int, schema: pa.Schema) -> None:
-        self.path = f"{context.staging}/{uuid.uuid4().hex}-{bucket}.parquet"
+        self.path = f"{context.staging}/{uuid.uuid4().hex}-{bucket}.arrow"
         filesystem, path = open_filesystem(self.path, context.tables.storage_options)
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        self._writer = pq.ParquetWriter(path, schema, filesystem=filesystem, compression="lz4")
+        self._sink = filesystem.open_output_stream(path)
+        # Arrow's own format: these files are read once and soon, so encoding them would only cost time.
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        self._writer = pa.ipc.new_file(self._sink, schema, options=options)
 
     def write(self, table: pa.Table) -> None:
         self._writer.write_table(table)
 
     def close(self) -> None:
         self._writer.close()
+        self._sink.close()
 
 
 def _accepted(contract: Contract, batch: sources.Batch, verdict: RowVerdict, order: int) -> pa.Table:
@@ -293,7 +285,8 @@ def _read_staged(context: LoadContext, work: Bucket) -> pa.Table:
     parts = []
     for uri in work.paths:
         filesystem, path = open_filesystem(uri, context.tables.storage_options)
-        parts.append(pq.ParquetFile(filesystem.open_input_file(path)).read())
+        with filesystem.open_input_file(path) as file:
+            parts.append(pa.ipc.open_file(file).read_all())
     return pa.concat_tables(parts).sort_by([(_SOURCE, "ascending"), (_POSITION, "ascending")])
 
 
@@ -301,9 +294,7 @@ def _taken(context: LoadContext, work: Bucket, version: int) -> tuple[pa.Chunked
     """Event ids that the table holds in this bucket: of others, and of this load."""
     contract, span = context.contract, None
     if contract.time in contract.key:  # then an equal id has an equal time, so other times need not be read
-        moments = [
-            pa.scalar(us, pa.int64()).cast(events.INSTANT) for us in (work.earliest_us, work.latest_us)
-        ]
+        moments = [pa.scalar(us, pa.int64()).cast(events.INSTANT) for us in (work.earliest_us, work.latest_us)]
         span = (pc.field(contract.time) >= moments[0]) & (pc.field(contract.time) <= moments[1])
     held = context.tables.read(
         context.events,
@@ -319,9 +310,7 @@ def _taken(context: LoadContext, work: Bucket, version: int) -> tuple[pa.Chunked
 
 def _event_rows(context: LoadContext, table: pa.Table, bucket: int) -> pa.Table:
     contract = context.contract
-    table = table.append_column(
-        "_order", pa.array(events.event_order(table.column(events.EVENT_ID).to_pylist()))
-    )
+    table = table.append_column("_order", pa.array(events.event_order(table.column(events.EVENT_ID).to_pylist())))
     table = table.sort_by([(name, "ascending") for name in (contract.entity, contract.time, "_order")])
     known = pc.add(table.column(contract.time).cast(pa.int64()), microseconds(contract.delay))
     columns = {

@@ -88,7 +88,10 @@ def from_microseconds(value: int) -> datetime:
 
 
 def event_id(contract: Contract, record: Mapping[str, Any]) -> str:
-    """The identity of one event: its key fields joined by ``|``; a timestamp as microseconds since the epoch."""
+    """The identity of one event: its key fields joined by ``|``, a timestamp as microseconds since the epoch.
+
+    A ``|`` or backslash inside a string is escaped by a backslash, so different keys never share an identity.
+    """
     parts = []
     for name in contract.key:
         value = record[name]
@@ -99,7 +102,7 @@ def event_id(contract: Contract, record: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value)
+    return value.replace("\\", "\\\\").replace("|", "\\|") if isinstance(value, str) else str(value)
 
 
 def event_ids(contract: Contract, table: pa.Table) -> pa.Array:
@@ -111,6 +114,8 @@ def event_ids(contract: Contract, table: pa.Table) -> pa.Array:
             column = column.cast(INSTANT).cast(pa.int64())
         if pa.types.is_floating(column.type):  # Arrow and Python print floats differently
             column = pa.array([None if v is None else str(v) for v in column.to_pylist()], pa.string())
+        elif pa.types.is_string(column.type):
+            column = pc.replace_substring(pc.replace_substring(column, "\\", "\\\\"), "|", "\\|")
         columns.append(column.cast(pa.string()))
     joined = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "|")
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined

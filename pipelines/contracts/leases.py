@@ -46,7 +46,7 @@ def events_lease(
     while not try_events(database, use_case, holder):
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"others held the lease {_name(use_case)!r} for {patience_s:.0f} s: does a drain or load hang?"
+                f"others held the lease {_name(use_case)!r} for {patience_s:.0f} s: does one of them hang?"
             )
         time.sleep(0.05)
     ended, lost = threading.Event(), threading.Event()

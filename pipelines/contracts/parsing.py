@@ -153,9 +153,7 @@ def _unambiguous(table: pa.Table) -> None:
         raise AmbiguousColumns(f"the source has several columns named {twice}: keep one of each")
 
 
-def _note(
-    field: Field, bad: np.ndarray | None, malformed: dict[str, np.ndarray], broken: list[Broken]
-) -> None:
+def _note(field: Field, bad: np.ndarray | None, malformed: dict[str, np.ndarray], broken: list[Broken]) -> None:
     if bad is not None and bad.any():
         malformed[field.name] = bad
         broken.append(Broken(rules.rule_id(field.name, rules.TYPE), np.flatnonzero(bad)))
@@ -193,9 +191,7 @@ def _instants(column: pa.TimestampArray) -> tuple[pa.Array, np.ndarray | None]:
         pc.greater_equal(
             counts, -(-rules.EARLIEST_US * per_second // 10**6) if per_second <= 10**6 else rules.INT64_MIN
         ),
-        pc.less_equal(
-            counts, rules.LATEST_US * per_second // 10**6 if per_second <= 10**6 else rules.INT64_MAX
-        ),
+        pc.less_equal(counts, rules.LATEST_US * per_second // 10**6 if per_second <= 10**6 else rules.INT64_MAX),
     )
     if per_second == 10**9:  # finer than microseconds cannot be kept
         fits = pc.equal(pc.multiply(pc.divide(counts, 1000), 1000), counts)
@@ -210,9 +206,7 @@ def _text(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
     try:
         return _keep(column, fits, _arrow(field), instants=field.type is FieldType.TIMESTAMP)
     except pa.ArrowInvalid:  # text of the right shape that is no value (30 February, 20 digits): one by one
-        values = [
-            parse(v) if ok else None for v, ok in zip(column.to_pylist(), fits.to_pylist(), strict=True)
-        ]
+        values = [parse(v) if ok else None for v, ok in zip(column.to_pylist(), fits.to_pylist(), strict=True)]
         typed, _ = _values(field, values)
         return typed, _mask(pc.and_(column.is_valid(), typed.is_null()))
 
@@ -226,11 +220,7 @@ def _keep(
     else:
         typed = pc.if_else(fits, column, pa.scalar(None, column.type)).cast(kind)
         bad = _mask(pc.and_(column.is_valid(), pc.invert(fits)))
-    if (
-        instants
-        and (extent := pc.max(typed.cast(pa.int64())).as_py()) is not None
-        and extent > rules.LATEST_US
-    ):
+    if instants and (extent := pc.max(typed.cast(pa.int64())).as_py()) is not None and extent > rules.LATEST_US:
         raise pa.ArrowInvalid("an instant beyond the year 9999")
     return typed, bad
 
@@ -268,7 +258,7 @@ def _to_float(value: Any) -> float | None:
 
 def _to_integer(value: Any) -> int | None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and rules.INT64_MIN <= value <= rules.INT64_MAX else None
+    return value if whole and rules.is_int64(value) else None
 
 
 _CONVERT: dict[FieldType, Callable[[Any], Any]] = {

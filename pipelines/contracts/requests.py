@@ -66,9 +66,7 @@ class RecordModel:
         return {**self.adapter.json_schema(), "title": self.name}
 
 
-def compile_model(
-    contract: Contract, fields: Sequence[str] | None = None, name: str | None = None
-) -> RecordModel:
+def compile_model(contract: Contract, fields: Sequence[str] | None = None, name: str | None = None) -> RecordModel:
     """Compiles the rules of ``fields`` (all of them by default); any other key is then unknown.
 
     Raises ``KeyError`` for a name that the contract does not have.
@@ -110,18 +108,14 @@ def _annotation(field: Field) -> Any:
     elif field.type is FieldType.BOOLEAN:
         kind = StrictBool
     elif field.type is FieldType.TIMESTAMP:
-        kind = Annotated[
-            datetime, PlainValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})
-        ]
+        kind = Annotated[datetime, PlainValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})]
     else:
         extra = {
             "pattern": None if field.pattern is None else f"^(?:{field.pattern})$",
             "enum": list(field.allowed) if field.allowed is not None else None,
         }
         shown = {key: value for key, value in extra.items() if value is not None}
-        kind = Annotated[
-            str, AfterValidator(_string_rules(field)), PydanticField(json_schema_extra=cast(Any, shown))
-        ]
+        kind = Annotated[str, AfterValidator(_string_rules(field)), PydanticField(json_schema_extra=cast(Any, shown))]
     text = "; ".join(part for part in (field.description, f"in {field.unit}" if field.unit else "") if part)
     kind = Annotated[kind | None if field.nullable else kind, PydanticField(description=text or None)]
     return NotRequired[kind] if field.nullable else kind
@@ -160,9 +154,7 @@ def _problems(model: RecordModel, record: Any, now_us: int, error: ValidationErr
         return [Problem("", rules.ROW_UNREADABLE, f"a record must be a JSON object, not {_shown(record)}")]
     known = {f.name: f for f in model.fields}
     unknown = {
-        rule: Problem(
-            rule.removesuffix(f".{rules.UNKNOWN}"), rule, f"there is no such field; there are {[*known]}"
-        )
+        rule: Problem(rule.removesuffix(f".{rules.UNKNOWN}"), rule, f"there is no such field; there are {[*known]}")
         for rule in {rules.unknown_id(key) for key in record if key not in known}
     }
     problems = dict(unknown)
@@ -175,7 +167,7 @@ def _problems(model: RecordModel, record: Any, now_us: int, error: ValidationErr
             error = ValidationError.from_exception_data(model.name, [])
     for detail in error.errors(include_url=False, include_context=True):
         field = known[str(detail["loc"][0])]
-        for kind in _kinds(detail):
+        for kind in _kinds(field, detail):
             rule = rules.rule_id(field.name, kind)
             problems[rule] = Problem(field.name, rule, _message(field, kind, record.get(field.name)))
     if model.contract.time in known:
@@ -185,14 +177,14 @@ def _problems(model: RecordModel, record: Any, now_us: int, error: ValidationErr
     return [problems[rule] for rule in rules.in_order(model.contract, problems)]
 
 
-def _kinds(detail: Any) -> tuple[str, ...]:
+def _kinds(field: Field, detail: Any) -> tuple[str, ...]:
     value, kind = detail["input"], detail["type"]
     if value is None:
         return (rules.MISSING,)
     if kind == _CUSTOM:
         kinds: tuple[str, ...] = detail["ctx"]["kinds"]
         return kinds
-    if isinstance(value, int) and not rules.INT64_MIN <= value <= rules.INT64_MAX and "than_equal" in kind:
+    if field.type is FieldType.INTEGER and "than_equal" in kind and not rules.is_int64(value):
         return (rules.TYPE,)
     return (_KINDS[kind],)
 

@@ -62,8 +62,7 @@ def check(contract: Contract, parsed: Parsed, now_us: int) -> RowVerdict:
                 found.append(Broken(rules.rule_id(field.name, rule), np.flatnonzero(mask)))
     if parsed.unreadable is not None:  # a row without fields breaks no field's rule
         found = [
-            b if b.rule == rules.ROW_UNREADABLE else Broken(b.rule, b.rows[~parsed.unreadable[b.rows]])
-            for b in found
+            b if b.rule == rules.ROW_UNREADABLE else Broken(b.rule, b.rows[~parsed.unreadable[b.rows]]) for b in found
         ]
     by_rule = {b.rule: b for b in found if len(b.rows)}
     accepted = np.ones(parsed.table.num_rows, dtype=bool)

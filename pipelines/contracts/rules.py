@@ -92,6 +92,11 @@ def is_text(value: str) -> bool:
     return True
 
 
+def is_int64(value: int) -> bool:
+    """Whether an integer fits 64 bits."""
+    return INT64_MIN <= value <= INT64_MAX
+
+
 def bounds(field: Field) -> tuple[float | int | None, float | int | None]:
     """Inclusive limits as the field's own type, so that integers are compared exactly."""
     low, high = field.minimum, field.maximum

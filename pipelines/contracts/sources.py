@@ -93,9 +93,7 @@ def find(sources: Sequence[str], storage_options: Mapping[str, str]) -> list[Sou
     return _distinct_names(found)
 
 
-def identity(
-    contract: Contract, use_case: str, sources: Sequence[Source], storage_options: Mapping[str, str]
-) -> str:
+def identity(contract: Contract, use_case: str, sources: Sequence[Source], storage_options: Mapping[str, str]) -> str:
     """The default load id: a hash of use case, contract, and the names and contents of the sources."""
     parts: list[Any] = [use_case, contract.model_dump_json()]
     for source in sources:
@@ -162,13 +160,13 @@ def read(contract: Contract, part: Split, storage_options: Mapping[str, str]) ->
 
 def _read_parquet(contract: Contract, part: Split, storage_options: Mapping[str, str]) -> Iterator[Batch]:
     with _parquet(part.source, storage_options) as file, _reasons():
-        schema, position = file.schema_arrow, part.first
+        position = part.first
         groups = list(part.row_groups) if part.row_groups is not None else None
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
             for column in batch.columns:
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     column.validate(full=True)  # Parquet does not promise UTF-8
-            table = pa.Table.from_batches([batch]).cast(schema)  # with the fields' metadata
+            table = pa.Table.from_batches([batch])
             yield Batch(from_arrow(contract, table), np.arange(position, position + batch.num_rows))
             position += batch.num_rows
 

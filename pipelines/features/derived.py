@@ -1,7 +1,9 @@
-"""Makes the full set of feature columns out of stored features, inputs and the clock: the only function that does.
+"""Makes the full set of feature columns out of stored features, inputs and the clock: the only function that
+does.
 
-Derived features are traced once: only elementwise NumPy operations pass, because reductions and matrix products
-may differ in the last bit between one row and many. The trace is also what a view's fingerprint is made of.
+Derived features are traced once: only elementwise NumPy operations pass, because reductions and matrix
+products may differ in the last bit between one row and many. The trace is also what a view's fingerprint is
+made of.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
         name = ufunc.__name__
         if method != "__call__" or ufunc.signature is not None or ufunc.nout != 1:
             raise DerivedError(
-                f"derived feature {self.feature!r} calls {name}{'' if method == '__call__' else '.' + method}, which "
-                "is not elementwise with one result; use a stored window feature for anything over several rows"
+                f"derived feature {self.feature!r} calls "
+                f"{name}{'' if method == '__call__' else '.' + method}, which "
+                "is not elementwise with one result; use a stored window feature for anything over "
+                "several rows"
             )
         if options:
             raise DerivedError(f"derived feature {self.feature!r} gives {name} the options {sorted(options)}")
@@ -53,7 +57,8 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Column:
         if function is not np.where or len(args) != 3 or kwargs:
             raise DerivedError(
-                f"derived feature {self.feature!r} calls {function.__name__}, which is not an elementwise ufunc; "
+                f"derived feature {self.feature!r} calls {function.__name__}, which is not an elementwise "
+                "ufunc; "
                 "ufuncs, operators and np.where with three arguments are allowed"
             )
         return Column(self.feature, ("where", *(self._argument(value) for value in args)))
@@ -62,16 +67,14 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
         raise DerivedError(f"derived feature {self.feature!r} branches on a column; use np.where")
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise DerivedError(f"derived feature {self.feature!r} turns a column into an array; columns stay columns")
+
+    def _refuse(self, *_: Any) -> Any:
         raise DerivedError(
-            f"derived feature {self.feature!r} turns a column into an array; columns stay columns"
+            f"derived feature {self.feature!r} takes a column for one number or for a list; use NumPy functions"
         )
 
-    def __float__(self) -> float:
-        raise DerivedError(
-            f"derived feature {self.feature!r} takes a column for one number; use NumPy functions"
-        )
-
-    __int__ = __index__ = __len__ = __iter__ = __getitem__ = __float__  # type: ignore[assignment]
+    __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = _refuse
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,7 @@ def trace(feature: str, function: Any) -> Trace:
     """What ``function`` does to its columns; ``DerivedError`` when it is not elementwise."""
     parameters = inspect.signature(function).parameters
     if odd := [
-        p.name
-        for p in parameters.values()
-        if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty
+        p.name for p in parameters.values() if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty
     ]:
         raise DerivedError(f"derived feature {feature!r}: {odd} must be plain arguments that name columns")
     result = function(*(Column(feature, ("column", (name,))) for name in parameters))
@@ -125,7 +126,9 @@ class _Columns:
 
 
 class _Same:
-    """A view as a cache key, equal to itself alone: hashing every part of it would take longer than the lookup."""
+    """A view as a cache key, equal to itself alone: hashing every part of it would take longer than the
+    lookup.
+    """
 
     __slots__ = ("view",)
 
@@ -165,14 +168,13 @@ def columns(
     """Every numeric column of the view, float64[n] each: stored, inputs, calendar, derived, in this order.
 
     stored float64[n, len(view.stored)]; inputs one sequence of length n per numeric input (None becomes NaN,
-    booleans 0 and 1; string inputs may be among them and are passed over); time_us int64[n], the request times.
-    Training and serving both call this.
+    booleans 0 and 1; string inputs may be among them and are passed over); time_us int64[n], the request
+    times. Training and serving both call this.
     """
     compiled, rows = _compiled(_Same(view)), len(time_us)
     if stored.shape != (rows, len(compiled.stored)):
         raise ValueError(
-            f"view {view.name!r} wants stored features of shape {(rows, len(compiled.stored))}, "
-            f"got {stored.shape}"
+            f"view {view.name!r} wants stored features of shape {(rows, len(compiled.stored))}, got {stored.shape}"
         )
     answer = dict(zip(compiled.stored, np.ascontiguousarray(stored.T), strict=True))
     for name in view.inputs:
@@ -186,11 +188,13 @@ def columns(
         answer.update(calendar_columns(view.calendar, time_us))
     with np.errstate(all="ignore"):  # 0/0 is NaN, which is what a feature without a value is
         for name, function, arguments in compiled.steps:
-            if missing := [argument for argument in arguments if argument not in answer]:
+            try:
+                given = [answer[argument] for argument in arguments]
+            except KeyError as missing:
                 raise ValueError(
-                    f"derived feature {name!r} needs the inputs {missing} as numbers; got {sorted(inputs)}"
-                )
-            result = function(*[answer[argument] for argument in arguments])
+                    f"derived feature {name!r} needs the input {missing} as numbers; got {sorted(inputs)}"
+                ) from None
+            result = function(*given)
             answer[name] = np.ascontiguousarray(result, dtype=np.float64)
     return answer
 

@@ -6,11 +6,14 @@ They stand in one file because numba's cache watches only the file of the functi
 A fold is three functions over ``(n, sum, mean, M2, min, max, last, newest)``: ``update`` with one value,
 ``merge`` of an earlier and a later part, ``finish``. Moments follow Welford (Technometrics 4, 1962) and Chan,
 Golub & LeVeque (The American Statistician 37, 1983). ``fastmath`` stays off: it would let the compiler
-reassociate. ``pipelines.features.windows`` writes the ``program`` that the kernels follow; the layout of entity
-state is described there and has the version ``FORMAT``.
+reassociate. ``pipelines.features.windows`` writes the ``program`` that the kernels follow; the layout of
+entity state is described there and has the version ``FORMAT``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit
@@ -31,17 +34,24 @@ L_SERIES, L_TILES, L_OUT, L_ROW = 0, 1, 2, 3
 C_COUNT, C_SUM, C_MEAN, C_MIN, C_MAX, C_STD, C_LAST = 0, 1, 2, 3, 4, 5, 6
 FRESH, STALE, MISSING = 0, 1, 3  # served.Status, as numba sees it
 
-_compiled = njit(cache=True, fastmath=False, error_model="numpy", nogil=True)
+Parts = tuple[float, float, float, float, float, float, float, int]
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def _compiled(kernel: _Kernel) -> _Kernel:
+    compiled: Any = njit(cache=True, fastmath=False, error_model="numpy", nogil=True)(kernel)
+    kept: _Kernel = compiled
+    return kept
 
 
 @_compiled
-def empty():
+def empty() -> Parts:
     """The fold of nothing: the identity of ``merge``."""
     return (0.0, 0.0, 0.0, 0.0, np.nan, np.nan, np.nan, EMPTY)
 
 
 @_compiled
-def update(a, value, time):
+def update(a: Parts, value: float, time: int) -> Parts:
     """The fold ``a`` and after it one more value, which must not be NaN."""
     n = a[0] + 1.0
     delta = value - a[2]
@@ -52,7 +62,7 @@ def update(a, value, time):
 
 
 @_compiled
-def merge(a, b):
+def merge(a: Parts, b: Parts) -> Parts:
     """The fold of what ``a`` folds followed by what ``b`` folds."""
     if a[0] == 0.0:
         return b
@@ -68,7 +78,7 @@ def merge(a, b):
 
 
 @_compiled
-def finish(code, a):
+def finish(code: int, a: Parts) -> float:
     """The value of one fold: of nothing, count and sum are 0 and the others NaN; std needs two values."""
     if code == C_COUNT:
         return a[0]
@@ -88,7 +98,7 @@ def finish(code, a):
 
 
 @_compiled
-def _load(state, floats, at, tag, width):
+def _load(state: np.ndarray, floats: np.ndarray, at: int, tag: int, width: int) -> Parts:
     """The tile at word ``at`` when it is tile ``tag``, else nothing."""
     if state[at] != tag:
         return empty()
@@ -101,7 +111,7 @@ def _load(state, floats, at, tag, width):
 
 
 @_compiled
-def _store(state, floats, at, tag, width, a):
+def _store(state: np.ndarray, floats: np.ndarray, at: int, tag: int, width: int, a: Parts) -> None:
     state[at] = tag
     state[at + 1] = a[7]
     floats[at + 2] = a[6]
@@ -115,7 +125,7 @@ def _store(state, floats, at, tag, width, a):
 
 
 @_compiled
-def _from_raw(state, floats, program, series, tag, until):
+def _from_raw(state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, tag: int, until: int) -> Parts:
     """Tile ``tag`` of a series folded again: its settled part, then its raw events up to time ``until``."""
     a = _load(state, floats, program[series + S_SETTLED], tag, program[series + S_WIDTH])
     hop = program[series + S_HOP]
@@ -131,7 +141,7 @@ def _from_raw(state, floats, program, series, tag, until):
 
 
 @_compiled
-def _settle(state, floats, program):
+def _settle(state: np.ndarray, floats: np.ndarray, program: np.ndarray) -> None:
     """Moves raw events that nothing can precede any more into the settled part of their tiles."""
     row = 2 + program[P_FIELDS]
     while state[COUNT] > 0:
@@ -152,7 +162,9 @@ def _settle(state, floats, program):
 
 
 @_compiled
-def _insert(state, floats, program, time, order, values):
+def _insert(
+    state: np.ndarray, floats: np.ndarray, program: np.ndarray, time: int, order: int, values: np.ndarray
+) -> None:
     """Puts one event in its canonical place and folds the tiles that it touches.
 
     ``state`` must have room for one more raw event behind the last.
@@ -164,9 +176,7 @@ def _insert(state, floats, program, time, order, values):
     first = program[P_FIXED] + state[START] * row
     end = first + state[COUNT] * row
     at = end
-    while at > first and (
-        state[at - row] > time or (state[at - row] == time and state[at - row + 1] > order)
-    ):
+    while at > first and (state[at - row] > time or (state[at - row] == time and state[at - row + 1] > order)):
         for word in range(row):
             state[at + word] = state[at - row + word]
         at -= row
@@ -197,7 +207,7 @@ def _insert(state, floats, program, time, order, values):
 
 
 @_compiled
-def apply(state, program, times, orders, values):
+def apply(state: np.ndarray, program: np.ndarray, times: np.ndarray, orders: np.ndarray, values: np.ndarray) -> None:
     """Applies events (times, orders int64[m], values float64[m, fields]) to ``state``, which must have room.
 
     In whatever order and however split events arrive, the state becomes the same function of their set.
@@ -208,7 +218,16 @@ def apply(state, program, times, orders, values):
 
 
 @_compiled
-def _judge(value, newest, now, ttl, i, values, status, age):
+def _judge(
+    value: float,
+    newest: int,
+    now: int,
+    ttl: int,
+    i: int,
+    values: np.ndarray,
+    status: np.ndarray,
+    age: np.ndarray,
+) -> None:
     values[i] = value
     age[i] = (now - newest) / 1e6 if newest != EMPTY else np.nan
     if np.isnan(value):
@@ -220,7 +239,15 @@ def _judge(value, newest, now, ttl, i, values, status, age):
 
 
 @_compiled
-def _read(state, floats, program, now, values, status, age):
+def _read(
+    state: np.ndarray,
+    floats: np.ndarray,
+    program: np.ndarray,
+    now: int,
+    values: np.ndarray,
+    status: np.ndarray,
+    age: np.ndarray,
+) -> None:
     windows = P_HEADER + program[P_SERIES] * S_ROW
     lags = windows + program[P_WINDOWS] * W_ROW
     for w in range(windows, lags, W_ROW):
@@ -250,7 +277,9 @@ def _read(state, floats, program, now, values, status, age):
 
 
 @_compiled
-def read(state, program, now, values, status, age):
+def read(
+    state: np.ndarray, program: np.ndarray, now: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
+) -> bool:
     """Fills one vector of stored features as of ``now``; False when the state has moved on too far for that.
 
     values, age (seconds) float64[features], status uint8[features].
@@ -262,11 +291,22 @@ def read(state, program, now, values, status, age):
 
 
 @_compiled
-def sweep(state, program, times, orders, values, cuts, moments, answers, status, age):
+def sweep(
+    state: np.ndarray,
+    program: np.ndarray,
+    times: np.ndarray,
+    orders: np.ndarray,
+    values: np.ndarray,
+    cuts: np.ndarray,
+    moments: np.ndarray,
+    answers: np.ndarray,
+    status: np.ndarray,
+    age: np.ndarray,
+) -> int:
     """Applies one entity's events in the order they became known and reads in between.
 
-    Read q is taken at time ``moments[q]`` after the first ``cuts[q]`` events; ``cuts`` ascend. Returns the first
-    read that the state had moved past, or -1.
+    Read q is taken at time ``moments[q]`` after the first ``cuts[q]`` events; ``cuts`` ascend. Returns the
+    first read that the state had moved past, or -1.
     """
     row = 2 + program[P_FIELDS]
     floats = state.view(np.float64)
@@ -286,7 +326,7 @@ def sweep(state, program, times, orders, values, cuts, moments, answers, status,
 
 
 @_compiled
-def grown(state, program):
+def grown(state: np.ndarray, program: np.ndarray) -> np.ndarray:
     """A copy of ``state`` with its raw events moved to the front and room for at least as many again."""
     row = 2 + program[P_FIELDS]
     fixed, start, count = program[P_FIXED], state[START], state[COUNT]

@@ -1,7 +1,7 @@
 """Calendar columns on the local clock of a zone, exact to the microsecond and the same for one row and many.
 
-A table of the zone's offset changes between 1950 and 2100 is made once per process; after that a local time is
-one binary search.
+A table of the zone's offset changes between 1950 and 2100 is made once per process; after that a local time
+is one binary search.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ _FIRST, _LAST = datetime(1950, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UT
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _STEP = timedelta(days=1)
 _DAY = 86_400_000_000
+# The days since 1970-01-01 on which years begin.
+_YEARS = np.arange(_FIRST.year - 1, _LAST.year + 2).astype(str).astype("datetime64[D]").astype(np.int64)
 
 
 @lru_cache(maxsize=16)
 def transitions(zone: str) -> tuple[np.ndarray, np.ndarray]:
-    """(moments int64[m], offsets int64[m]) in microseconds: from ``moments[i]`` on, local time is UTC + ``offsets[i]``."""
+    """(moments int64[m], offsets int64[m]) in microseconds: from ``moments[i]`` on, local time is UTC +
+    ``offsets[i]``.
+    """
     clock = ZoneInfo(zone)
 
     def offset(moment: datetime) -> timedelta:
@@ -53,7 +57,8 @@ def transitions(zone: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def local_microseconds(zone: str, time_us: np.ndarray) -> np.ndarray:
-    """What the zone's wall clock shows at ``time_us`` (int64[n]), as microseconds since 1970-01-01 on that clock.
+    """What the zone's wall clock shows at ``time_us`` (int64[n]), as microseconds since 1970-01-01 on that
+    clock.
 
     Raises ``ValueError`` outside 1950 to 2099.
     """
@@ -62,24 +67,22 @@ def local_microseconds(zone: str, time_us: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"calendar of zone {zone!r} covers 1950 to 2099; got times from {time_us.min()} to {time_us.max()} us"
         )
-    return time_us + offsets[np.searchsorted(moments, time_us, side="right") - 1]
+    local: np.ndarray = time_us + offsets[np.searchsorted(moments, time_us, side="right") - 1]
+    return local
 
 
 def calendar_columns(calendar: Calendar, time_us: np.ndarray) -> dict[str, np.ndarray]:
     """The calendar's parts at ``time_us + ahead``, float64[n] each, in its order."""
-    local = local_microseconds(
-        calendar.zone, np.asarray(time_us, dtype=np.int64) + microseconds(calendar.ahead)
-    )
+    local = local_microseconds(calendar.zone, np.asarray(time_us, dtype=np.int64) + microseconds(calendar.ahead))
     day = local // _DAY
-    answer = {}
+    answer: dict[str, np.ndarray] = {}
     for part in calendar.parts:
         if part == "hour":
             answer[part] = (local - day * _DAY) / 3_600_000_000.0
         elif part == "weekday":
             answer[part] = ((day + 3) % 7).astype(np.float64)  # 1970-01-01 was a Thursday
         elif part == "yearday":
-            dates = day.astype("datetime64[D]")
-            answer[part] = (dates - dates.astype("datetime64[Y]")).astype(np.float64)
+            answer[part] = (day - _YEARS[np.searchsorted(_YEARS, day, side="right") - 1]).astype(np.float64)
         else:
             answer[part] = local / float(_DAY)
     return answer

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from cluster.settings import Settings
 from cluster.tables import DataFile, Tables
+from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, contract_schema
 from pipelines.features import folds
 from pipelines.features.state import StateError
@@ -56,11 +57,6 @@ class Backfill:
     seconds: float
 
 
-def events_table(use_case: UseCase) -> str:
-    """The name of the Delta table of events."""
-    return f"{use_case.name}/events"
-
-
 def training_table(use_case: UseCase) -> str:
     """The name of the Delta table of examples of the present view and target.
 
@@ -79,8 +75,9 @@ def training_table(use_case: UseCase) -> str:
 def sweep(plan: Plan, events: EventColumns, cuts: np.ndarray, moments: np.ndarray) -> Swept:
     """Reads one entity's stored features at ``moments`` (us), read q after the first ``cuts[q]`` events.
 
-    ``events`` are one entity's eligible events in the order in which they became known; ``cuts`` int64[q] ascend.
-    Raises ``StateError`` when a read lies further behind an event known by then than the contract allows.
+    ``events`` are one entity's eligible events in the order in which they became known; ``cuts`` int64[q]
+    ascend. Raises ``StateError`` when a read lies further behind an event known by then than the contract
+    allows.
     """
     if len(cuts) and np.any(np.diff(cuts) < 0):
         raise ValueError("the cuts of a sweep must ascend: sort the reads by what was known")
@@ -93,8 +90,10 @@ def sweep(plan: Plan, events: EventColumns, cuts: np.ndarray, moments: np.ndarra
     )  # fmt: skip
     if behind >= 0:
         raise StateError(
-            f"read {behind} at {moments[behind]} us lies more than {plan.reach_us / 1e6:g} s before an event that was "
-            "already known; the events table has times ahead of when they became known, beyond contract.future"
+            f"read {behind} at {moments[behind]} us lies more than {plan.reach_us / 1e6:g} s before an "
+            "event that was "
+            "already known; the events table has times ahead of when they became known, beyond "
+            "contract.future"
         )
     return swept
 
@@ -142,7 +141,8 @@ def build_examples(use_case: UseCase, events: pa.Table) -> pa.Table:
 
     The request time is the event's time less the target's horizon; label and inputs come from the event,
     stored features from the events known at the request time. Left out are rows whose request precedes their
-    entity's first event, or whose event was already known at its own request. Sorted by request time and entity.
+    entity's first event, or whose event was already known at its own request. Sorted by request time and
+    entity.
     """
     plan = compile_plan(use_case.view, use_case.contract)
     target = use_case.model.target
@@ -192,8 +192,9 @@ def backfill(
 ) -> Backfill:
     """Makes the training table's rows of this view from one version of the events table, once.
 
-    Buckets are independent, because an entity lies in one. With ``auto`` Ray Data carries them when there are more
-    than ``settings.ray_rows`` events and a Ray cluster is connected, and a plain loop otherwise. Rows of (view, events version) that are there already are left as they are.
+    Buckets are independent, because an entity lies in one. With ``auto`` Ray Data carries them when there are
+    more than ``settings.ray_rows`` events and a Ray cluster is connected, and a plain loop otherwise. Rows of
+    (view, events version) that are there already are left as they are.
     """
     begun = time.monotonic()
     source, name = events_table(use_case), training_table(use_case)
@@ -270,9 +271,7 @@ def _ray_carries(engine: str, rows: int, settings: Settings) -> bool:
 
     connected = bool(ray.is_initialized())
     if engine == "ray" and not connected:
-        raise RuntimeError(
-            "the backfill's Ray engine needs a Ray cluster: connect first, or use engine='arrow'"
-        )
+        raise RuntimeError("the backfill's Ray engine needs a Ray cluster: connect first, or use engine='arrow'")
     return connected
 
 
@@ -281,12 +280,10 @@ def _with_ray(job: _BucketJob, buckets: list[int]) -> list[DataFile]:
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         # Only what a successful attempt returns is committed; files of a killed one are orphans for vacuum.
-        return {
-            "files": [json.dumps([asdict(file) for file in job(int(bucket))]) for bucket in batch["bucket"]]
-        }
+        return {"files": [json.dumps([asdict(file) for file in job(int(bucket))]) for bucket in batch["bucket"]]}
 
     items = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
-    made = items.map_batches(make, batch_size=1, num_cpus=0.5).take_all()
+    made = items.map_batches(make, batch_size=1, num_cpus=1).take_all()
     files = [DataFile(**file) for row in made for file in json.loads(row["files"])]
     return sorted(files, key=lambda file: file.path)
 

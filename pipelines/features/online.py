@@ -1,7 +1,7 @@
 """The online side of features: entity state as a projection of the ingest log, and its bound reader.
 
-State carries the log sequence it has applied, in one transaction with the values, so whatever process is killed
-at whatever time, the gap is replayed and no event is applied twice.
+State carries the log sequence it has applied, in one transaction with the values, so whatever process is
+killed at whatever time, the gap is replayed and no event is applied twice.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ _VERSION = struct.Struct("<q")
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Stored features of n entities: values, age_s float64[n, s] (seconds), status uint8[n, s], known bool[n].
+    """Stored features of n entities: values, age_s float64[n, s] (seconds), status uint8[n, s], known
+    bool[n].
 
-    All come from one snapshot: the state of ``generation`` with every log record up to ``sequence``. An entity
-    that is not ``known`` has the features of an empty state.
+    All come from one snapshot: the state of ``generation`` with every log record up to ``sequence``. An
+    entity that is not ``known`` has the features of an empty state.
     """
 
     values: np.ndarray
@@ -70,7 +71,8 @@ def log_path(settings: Settings, use_case: UseCase) -> Path:
 class OnlineState:
     """The state of one use case's present view on this node; one object per process.
 
-    Each view fingerprint has a store of its own below ``path``, so views of several versions live side by side.
+    Each view fingerprint has a store of its own below ``path``, so views of several versions live side by
+    side.
     """
 
     def __init__(self, path: Path | str, use_case: UseCase, *, map_bytes: int = 64 << 30) -> None:
@@ -81,8 +83,8 @@ class OnlineState:
     def project(self, log: DurableLog, stream: str = "events") -> int:
         """Applies every log record not yet applied and returns the last applied sequence.
 
-        One write transaction; any process may call it at any time. Raises ``StateError`` when records that are
-        missing here have left the log: then ``materialize`` rebuilds the state.
+        One write transaction; any process may call it at any time. Raises ``StateError`` when records that
+        are missing here have left the log: then ``materialize`` rebuilds the state.
         """
         applied = self.applied()
         if log.last(stream) == applied:
@@ -154,8 +156,10 @@ class OnlineState:
         applied, unplaced = head.applied, head.unplaced
         if log.first(stream) > applied + 1 or log.last(stream) < applied:
             raise StateError(
-                f"the state of {self.use_case.name!r} has log sequence {applied}, but the log {log.path} holds "
-                f"{log.first(stream)} to {log.last(stream)}; rebuild the state from the newest events table with "
+                f"the state of {self.use_case.name!r} has log sequence {applied}, but the log {log.path} "
+                "holds "
+                f"{log.first(stream)} to {log.last(stream)}; rebuild the state from the newest events "
+                "table with "
                 f"`python -m pipelines.backfill {self.use_case.name} --materialize`"
             )
         while records := log.read(stream, applied, _CHUNK):
@@ -213,9 +217,7 @@ def _head(txn: Transaction) -> _Head:
     if found is None:
         return _Head()
     if found[0] != _FORMAT:
-        raise StateError(
-            f"the state's head has format {found[0]}, this code reads {_FORMAT}: rebuild the state"
-        )
+        raise StateError(f"the state's head has format {found[0]}, this code reads {_FORMAT}: rebuild the state")
     return _Head(*_HEAD.unpack(found)[1:])
 
 

@@ -48,9 +48,9 @@ SERVED_SCHEMA = pa.schema(
     ]
 )
 """One row per answer. ``_time`` is the clock's time at which features were read, ``inputs`` a JSON object of
-the view's inputs, ``stored`` and ``status`` the state's vector in the order of ``view.stored``, ``numeric`` the
-model's columns in the order of ``model.numeric``, ``sequence`` and ``generation`` the state they were read from,
-``view`` its fingerprint."""
+the view's inputs, ``stored`` and ``status`` the state's vector in the order of ``view.stored``, ``numeric``
+the model's columns in the order of ``model.numeric``, ``sequence`` and ``generation`` the state they were
+read from, ``view`` its fingerprint."""
 
 OUTCOME_SCHEMA = pa.schema([("prediction_id", pa.string()), ("value", pa.float64()), ("at", INSTANT)])
 """One row per outcome that a caller reported; ``at`` is when it became known."""
@@ -67,6 +67,8 @@ def outcomes_table(use_case: UseCase) -> str:
 
 
 def inputs_of(use_case: UseCase, predictions: pa.Table) -> dict[str, list[Any]]:
-    """The inputs of logged predictions, one list per input of the view, None where the caller gave nothing."""
+    """The inputs of logged predictions, one list per input of the view, None where the caller gave
+    nothing.
+    """
     given: list[dict[str, Any]] = [orjson.loads(text) for text in predictions.column("inputs").to_pylist()]
     return {name: [row.get(name) for row in given] for name in use_case.view.inputs}

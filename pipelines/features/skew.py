@@ -1,7 +1,7 @@
 """The skew audit: recomputes what was served from the events table and compares it to the last bit.
 
-Each logged prediction says which state it read: a generation (rows of one version of the events table) and a log
-sequence. From those rows alone its features are made again by the offline side.
+Each logged prediction says which state it read: a generation (rows of one version of the events table) and a
+log sequence. From those rows alone its features are made again by the offline side.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.tables import Tables
-from pipelines.contracts.events import INSTANT, SEQUENCE
+from pipelines.contracts.enforce import events_table
+from pipelines.contracts.events import SEQUENCE
 from pipelines.features import derived
-from pipelines.features.offline import by_entity, events_table, sweep, take
+from pipelines.features.offline import by_entity, sweep, take
 from pipelines.features.online import NO_TABLE
 from pipelines.features.served import inputs_of
-from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns
+from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns, instants
 from pipelines.spec import UseCase
 
 _EXAMPLES = 20
@@ -61,8 +62,8 @@ def audit(
 ) -> SkewReport:
     """Recomputes stored and numeric columns of ``predictions`` (``SERVED_SCHEMA``) from the events table.
 
-    ``generations`` gives the table version of a generation (``OnlineState.generation``). NaN equals NaN; anything
-    else must have the same bits. The log's JSON has no infinities, so one counts as NaN.
+    ``generations`` gives the table version of a generation (``OnlineState.generation``). NaN equals NaN;
+    anything else must have the same bits. The log's JSON has no infinities, so one counts as NaN.
     """
     plan = compile_plan(use_case.view, use_case.contract)
     width = len(use_case.model.numeric)
@@ -84,9 +85,7 @@ def audit(
         stored = _recompute(plan, events, part)
         numeric = _numeric(use_case, stored, part)
         names = (*plan.features, *use_case.model.numeric)
-        served = np.column_stack(
-            [_matrix(part, "stored", len(plan.features)), _matrix(part, "numeric", width)]
-        )
+        served = np.column_stack([_matrix(part, "stored", len(plan.features)), _matrix(part, "numeric", width)])
         served = np.where(np.isfinite(served), served, np.nan)
         again = np.column_stack([stored, numeric])
         again = np.where(np.isfinite(again), again, np.nan)
@@ -112,7 +111,8 @@ def audit(
 def different_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Where two float64 arrays differ in any bit, NaN being equal to NaN."""
     bits = np.ascontiguousarray(left).view(np.int64) != np.ascontiguousarray(right).view(np.int64)
-    return bits & ~(np.isnan(left) & np.isnan(right))
+    differs: np.ndarray = bits & ~(np.isnan(left) & np.isnan(right))
+    return differs
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _visible(plan: Plan, tables: Tables, source: str, version: int, base: int, p
 def _recompute(plan: Plan, visible: _Visible, part: pa.Table) -> np.ndarray:
     """Stored features of every row of ``part``, float64[n, s]."""
     sequences = part.column("sequence").to_numpy()
-    moments = part.column("_time").cast(INSTANT).cast(pa.int64()).to_numpy()
+    moments = instants(part, "_time")
     asked = np.array(part.column("entity").to_pylist(), dtype=object)
     columns = visible.columns
     kept = np.flatnonzero(eligible(plan, columns))
@@ -158,17 +158,12 @@ def _recompute(plan: Plan, visible: _Visible, part: pa.Table) -> np.ndarray:
 
 def _numeric(use_case: UseCase, stored: np.ndarray, part: pa.Table) -> np.ndarray:
     """The model's numeric columns of every row, float64[n, columns]."""
-    moments = part.column("_time").cast(INSTANT).cast(pa.int64()).to_numpy()
+    moments = instants(part, "_time")
     columns = derived.columns(use_case.view, stored, inputs_of(use_case, part), moments)
     return np.column_stack([columns[name] for name in use_case.model.numeric])
 
 
 def _matrix(part: pa.Table, name: str, width: int) -> np.ndarray:
-    """A list column of equal lengths as float64[n, width]."""
-    return (
-        part.column(name)
-        .combine_chunks()
-        .flatten()
-        .to_numpy(zero_copy_only=False)
-        .reshape(part.num_rows, width)
-    )
+    """A list column of equal lengths as float64[n, width]; a null in a list becomes NaN."""
+    flat: np.ndarray = part.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(part.num_rows, width)

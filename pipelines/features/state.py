@@ -24,7 +24,9 @@ class StateError(RuntimeError):
 
 @dataclass(frozen=True)
 class Vector:
-    """Stored features of one entity: values and ages (seconds, NaN when nothing contributed) float64, status uint8."""
+    """Stored features of one entity: values and ages (seconds, NaN when nothing contributed) float64, status
+    uint8.
+    """
 
     values: np.ndarray
     status: np.ndarray
@@ -69,12 +71,15 @@ class EntityState:
         folds.apply(self._words, self.plan.program, times, orders, values)
         if self._words[folds.COUNT] > MAX_RAW_EVENTS:
             raise StateError(
-                f"an entity has {self._words[folds.COUNT]} events within {self.plan.reach_us / 1e6:g} s, more than the "
+                f"an entity has {self._words[folds.COUNT]} events within {self.plan.reach_us / 1e6:g} s, "
+                "more than the "
                 f"{MAX_RAW_EVENTS} that state keeps; lower the contract's lateness or split the entity"
             )
 
     def read(self, now_us: int) -> Vector:
-        """The stored features at ``now_us``; ``StateError`` when that is behind what the state can still tell."""
+        """The stored features at ``now_us``; ``StateError`` when that is behind what the state can still
+        tell.
+        """
         vector = empty_vector(self.plan)
         read_into(self.plan, self._words, now_us, vector.values, vector.status, vector.age_s)
         return vector
@@ -102,7 +107,8 @@ def words(plan: Plan, blob: Any) -> np.ndarray:
     if len(found) < plan.fixed_words or found[folds.VERSION] != folds.FORMAT:
         raise StateError(
             f"a stored state has format {blob[0]} and {len(blob)} bytes, but view {plan.view.name!r} "
-            f"({plan.fingerprint}) reads format {folds.FORMAT} from {plan.fixed_words * 8} bytes on; rebuild the state "
+            f"({plan.fingerprint}) reads format {folds.FORMAT} from {plan.fixed_words * 8} bytes on; "
+            "rebuild the state "
             "with `python -m pipelines.backfill USECASE --materialize`"
         )
     return found
@@ -114,6 +120,7 @@ def read_into(
     """``EntityState.read`` into given float64, uint8 and float64 rows."""
     if not folds.read(state, plan.program, now_us, values, status, age):
         raise StateError(
-            f"features were asked for at {now_us} us, but the state has seen an event at {state[folds.NEWEST]} us and "
+            f"features were asked for at {now_us} us, but the state has seen an event at "
+            f"{state[folds.NEWEST]} us and "
             f"keeps only {plan.reach_us / 1e6:g} s behind it; check the clocks of this node"
         )

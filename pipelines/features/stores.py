@@ -1,7 +1,8 @@
 """Where entity state is kept: an LMDB environment that all processes of one node read and write.
 
-Writes are not fsynced, because the ingest log is the truth: after a crash of a process the file is whole, and after
-a restart of the machine, when pages may be torn, the store comes up empty and is rebuilt from table and log.
+Writes are not fsynced, because the ingest log is the truth: after a crash of a process the file is whole, and
+after a restart of the machine, when pages may be torn, the store comes up empty and is rebuilt from table and
+log.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Transaction:
 
     def get(self, entity: str) -> memoryview | None:
         """The entity's state; the buffer is valid until the transaction ends or writes."""
-        return self._txn.get(_key(entity), db=self._store.entities)
+        found = self._txn.get(_key(entity), db=self._store.entities)
+        return None if found is None else memoryview(found)
 
     def put(self, entity: str, blob: bytes) -> None:
         """Replaces the entity's state."""
@@ -57,7 +59,9 @@ class Transaction:
 
 
 class Store:
-    """State by entity below ``path``; open it once per process. ``map_bytes`` bounds the file, which grows as used."""
+    """State by entity below ``path``; open it once per process. ``map_bytes`` bounds the file, which grows as
+    used.
+    """
 
     def __init__(self, path: Path | str, *, map_bytes: int = 64 << 30) -> None:
         self.path = Path(path)
@@ -83,7 +87,8 @@ class Store:
                 yield Transaction(self, txn)
         except lmdb.MapFullError:
             raise StoreFull(
-                f"the state in {self.path} has used its {self.map_bytes} bytes: open it with more, or put fewer "
+                f"the state in {self.path} has used its {self.map_bytes} bytes: open it with more, or put "
+                "fewer "
                 "entities or shorter windows on this node"
             ) from None
 
@@ -94,7 +99,8 @@ class Store:
 
 def _key(entity: str) -> bytes:
     name = entity.encode()
-    # LMDB's keys have at most 511 bytes; a longer name goes by its hash, marked so that it meets no other name.
+    # LMDB's keys have at most 511 bytes; a longer name goes by its hash, marked so that it meets no other
+    # name.
     return b"=" + name if len(name) <= 500 else b"#" + blake2b(name, digest_size=32).digest()
 
 

@@ -1,10 +1,10 @@
 """Turns a feature view into the program that the compiled kernels follow, and names what it computes.
 
-Entity state is one flat int64 vector: a header (format version, newest event time, where raw events start and how
-many there are, events that came too late to place, events placed); for every series, that is every (field, hop),
-the settled part of its last settled tile and a ring of tiles indexed ``tile % ring``; then the raw events not yet
-settled, in canonical order, each as time, order and one float64 per field. Raw events are kept for ``reach``
-behind the newest one, because within it a late event may still arrive.
+Entity state is one flat int64 vector: a header (format version, newest event time, where raw events start and
+how many there are, events that came too late to place, events placed); for every series, that is every
+(field, hop), the settled part of its last settled tile and a ring of tiles indexed ``tile % ring``; then the
+raw events not yet settled, in canonical order, each as time, order and one float64 per field. Raw events are
+kept for ``reach`` behind the newest one, because within it a late event may still arrive.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pipelines.features import derived, folds
 from pipelines.spec import Contract, FeatureView, Fold
 from pipelines.spec.base import fingerprint, microseconds
 
-# How far behind the newest event a read may be: between taking the time and reading, other processes apply events.
+# How far behind the newest event a read may be: between taking the time and reading, other processes apply
+# events.
 READ_BEHIND = timedelta(minutes=1)
 
 _CODES = {
@@ -38,7 +39,9 @@ _CODES = {
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A compiled view. ``fields`` are the folded contract fields, ``features`` the names of the stored vector."""
+    """A compiled view. ``fields`` are the folded contract fields, ``features`` the names of the stored
+    vector.
+    """
 
     view: FeatureView
     contract: Contract
@@ -69,8 +72,8 @@ class Plan:
         floats = state.view(np.float64)
         state[folds.VERSION], state[folds.NEWEST] = folds.FORMAT, folds.EMPTY
         start = folds.P_HEADER
-        for row in self.program[start : start + int(self.program[0]) * folds.S_ROW].reshape(-1, folds.S_ROW):
-            ring, width, settled = (int(row[i]) for i in (folds.S_RING, folds.S_WIDTH, folds.S_SETTLED))
+        for series in self.program[start : start + int(self.program[0]) * folds.S_ROW].reshape(-1, folds.S_ROW):
+            ring, width, settled = (int(series[i]) for i in (folds.S_RING, folds.S_WIDTH, folds.S_SETTLED))
             tiles = slice(settled, settled + (ring + 1) * width)
             state[tiles].reshape(-1, width)[:, :2] = folds.EMPTY
             floats[tiles].reshape(-1, width)[:, 2] = np.nan
@@ -95,7 +98,7 @@ class EventColumns:
 
 def compile_plan(view: FeatureView, contract: Contract) -> Plan:
     """The program of a view over a contract's events. Pure; the derived features are checked on the way."""
-    fields = tuple(dict.fromkeys(part.field for part in (*view.windows, *view.lags)))
+    fields = tuple(dict.fromkeys([*(w.field for w in view.windows), *(lag.field for lag in view.lags)]))
     reach = contract.lateness + contract.future + READ_BEHIND
     spans: dict[tuple[str, int, int], int] = {}
     for window in view.windows:
@@ -151,10 +154,7 @@ def view_fingerprint(view: FeatureView, contract: Contract) -> str:
     return fingerprint(
         folds.FORMAT,
         (contract.entity, contract.time, microseconds(contract.lateness), microseconds(contract.future)),
-        [
-            (w.field, microseconds(w.length), microseconds(w.hop), [str(f) for f in w.folds])
-            for w in view.windows
-        ],
+        [(w.field, microseconds(w.length), microseconds(w.hop), [str(f) for f in w.folds]) for w in view.windows],
         [(lag.field, microseconds(lag.offset), microseconds(lag.hop)) for lag in view.lags],
         view.inputs,
         (calendar.zone, microseconds(calendar.ahead), calendar.parts) if calendar else None,
@@ -162,12 +162,14 @@ def view_fingerprint(view: FeatureView, contract: Contract) -> str:
     )
 
 
+def instants(table: pa.Table, name: str) -> np.ndarray:
+    """A timestamp column as int64 microseconds since the Unix epoch."""
+    found: np.ndarray = table.column(name).cast(INSTANT).cast(pa.int64()).to_numpy()
+    return found
+
+
 def event_columns(plan: Plan, events: pa.Table) -> EventColumns:
     """The columns of ``events`` (events table rows) that ``plan`` folds; a null value becomes NaN."""
-
-    def instants(name: str) -> np.ndarray:
-        return events.column(name).cast(INSTANT).cast(pa.int64()).to_numpy().astype(np.int64, copy=False)
-
     values = np.empty((events.num_rows, len(plan.fields)), dtype=np.float64)
     for place, name in enumerate(plan.fields):
         column = pc.fill_null(events.column(name).cast(pa.float64()), np.nan)
@@ -180,14 +182,15 @@ def event_columns(plan: Plan, events: pa.Table) -> EventColumns:
     return EventColumns(
         names=tuple(names),
         entities=places[encoded.indices.to_numpy(zero_copy_only=False)],
-        times=instants(plan.contract.time),
+        times=instants(events, plan.contract.time),
         orders=event_order(events.column(EVENT_ID).to_pylist()),
-        known_at=instants(KNOWN_AT),
-        sequences=events.column(SEQUENCE).to_numpy().astype(np.int64, copy=False),
+        known_at=instants(events, KNOWN_AT),
+        sequences=events.column(SEQUENCE).to_numpy(),
         values=values,
     )
 
 
 def eligible(plan: Plan, columns: EventColumns) -> np.ndarray:
-    """Which events count for features, bool[n]: those known within the contract's lateness after they happened."""
-    return columns.known_at - columns.times <= plan.lateness_us
+    """Which events count for features, bool[n]: those known within the contract's lateness."""
+    counts: np.ndarray = columns.known_at - columns.times <= plan.lateness_us
+    return counts

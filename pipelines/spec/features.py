@@ -143,4 +143,5 @@ class FeatureView(Spec):
     @property
     def hops(self) -> tuple[int, ...]:
         """The distinct hops in microseconds, ascending."""
-        return tuple(sorted({microseconds(part.hop) for part in (*self.windows, *self.lags)}))
+        hops = [*(window.hop for window in self.windows), *(lag.hop for lag in self.lags)]
+        return tuple(sorted({microseconds(hop) for hop in hops}))

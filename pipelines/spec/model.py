@@ -22,7 +22,7 @@ class Target(Spec):
 
 
 class Split(Spec):
-    """A split by request time, backwards from the last example: ``test``, before it ``calibration``, the rest trains."""
+    """A split by request time, backwards from the last example: ``test``, then ``calibration``; the rest trains."""
 
     calibration: timedelta
     test: timedelta

@@ -31,8 +31,8 @@ class UseCase(Spec):
             if self.contract.field(name).type not in _NUMBERS:
                 raise ValueError(f"use case {self.name!r}: {role} {name!r} must be a number")
 
-        for part in (*self.view.windows, *self.view.lags):
-            number("windowed field", part.field)
+        for name in (*(window.field for window in self.view.windows), *(lag.field for lag in self.view.lags)):
+            number("windowed field", name)
         number("target", self.model.target.field)
         strings, columns = {self.contract.entity}, set(self.view.stored) | set(self.view.calendar_columns)
         for name in self.view.inputs:

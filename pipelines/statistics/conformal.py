@@ -17,8 +17,6 @@ def conformal_half_width(scores: NDArray[np.float64], coverage: float) -> float:
     inference for regression", section 2.2. Raises ``ValueError`` without scores, or when one is NaN.
     """
     if not len(scores) or bool(np.isnan(scores).any()):
-        raise ValueError(
-            f"conformal calibration needs finite scores, not {len(scores)} of which some may be NaN"
-        )
+        raise ValueError(f"conformal calibration needs finite scores, not {len(scores)} of which some may be NaN")
     place = min(math.ceil((len(scores) + 1) * coverage), len(scores))
     return float(np.partition(scores, place - 1)[place - 1])

@@ -111,9 +111,7 @@ class Prediction:
     upper: np.ndarray
 
 
-def encode_categories(
-    values: Sequence[Strings], places: Sequence[Mapping[str, int]], rows: int
-) -> np.ndarray:
+def encode_categories(values: Sequence[Strings], places: Sequence[Mapping[str, int]], rows: int) -> np.ndarray:
     """int64 codes [rows, c] by ``places`` (see ``places_of``); 0 for a value that is not there or unknown."""
     codes = np.zeros((rows, len(places)), dtype=np.int64)
     for column, (given, place) in enumerate(zip(values, places, strict=True)):
@@ -141,15 +139,13 @@ class Runner:
                 (folder / GRAPH).read_bytes(), options, providers=["CPUExecutionProvider"]
             )
         except _UNLOADABLE as error:
-            raise ArtifactError(
-                f"{folder / GRAPH} is not a graph that ONNX Runtime can load: {error}"
-            ) from error
+            raise ArtifactError(f"{folder / GRAPH} is not a graph that ONNX Runtime can load: {error}") from error
         self._given = {entry.name for entry in self._session.get_inputs()}
         self._places = [places_of(vocabulary) for vocabulary in self.artifact.vocabularies.values()]
         self._log = self.artifact.transform == "log"
 
     def numeric(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """float64 [n, d]: the numeric columns in the model's order; ``KeyError`` names one that is missing."""
+        """float64 [n, d]: the numeric columns in the model's order; ``KeyError`` names a missing one."""
         return np.stack([columns[name] for name in self.artifact.numeric], axis=1, dtype=np.float64)
 
     def predict(self, columns: Mapping[str, np.ndarray], strings: Mapping[str, Strings]) -> Prediction:
@@ -191,9 +187,7 @@ class Runner:
         return np.array([calibration.by_entity.get(entity, calibration.everywhere) for entity in entities])
 
 
-def save(
-    directory: Path | str, network: Network, artifact: Artifact, samples: Mapping[str, np.ndarray]
-) -> Artifact:
+def save(directory: Path | str, network: Network, artifact: Artifact, samples: Mapping[str, np.ndarray]) -> Artifact:
     """Write a model version and return its page, with the files' digests filled in.
 
     ``samples`` are at least one row of the graph's inputs (``numeric`` [n, d], ``categories`` [n, c],
@@ -245,15 +239,11 @@ def compare(graph: bytes, network: Network, samples: Mapping[str, np.ndarray]) -
     for size in (1, 2, 1000):
         batch = {name: _batch(values, size) for name, values in samples.items()}
         with torch.no_grad():
-            wanted = network(
-                *(torch.from_numpy(batch[k]) for k in ("numeric", "categories", "anchor", "scale"))
-            )
+            wanted = network(*(torch.from_numpy(batch[k]) for k in ("numeric", "categories", "anchor", "scale")))
         (found,) = session.run(["value"], {name: batch[name] for name in given})
         if found.shape != (size,) or not np.allclose(found, wanted.numpy(), TOLERANCE, 1e-9, equal_nan=True):
             worst = np.nanmax(np.abs(found - wanted.numpy())) if found.shape == (size,) else found.shape
-            raise ArtifactError(
-                f"the exported graph differs from the network at batch {size} (worst: {worst})"
-            )
+            raise ArtifactError(f"the exported graph differs from the network at batch {size} (worst: {worst})")
 
 
 def load(directory: Path | str) -> Artifact:
@@ -268,9 +258,7 @@ def load(directory: Path | str) -> Artifact:
         raise ArtifactError(f"{path} is not JSON: {error}") from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
-        raise ArtifactError(
-            f"{path} has format {found!r}, this code reads {FORMAT}: train again or update the code"
-        )
+        raise ArtifactError(f"{path} has format {found!r}, this code reads {FORMAT}: train again or update the code")
     try:
         artifact = Artifact.model_validate(document)
     except ValidationError as error:
@@ -279,9 +267,7 @@ def load(directory: Path | str) -> Artifact:
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} holds no {name}")
         if _digest(folder / name) != artifact.digests.get(name):
-            raise ArtifactError(
-                f"{folder / name} is not the file that {PAGE} was written with: fetch it again"
-            )
+            raise ArtifactError(f"{folder / name} is not the file that {PAGE} was written with: fetch it again")
     return artifact
 
 
@@ -292,13 +278,9 @@ def verify(directory: Path | str) -> Artifact:
     names = {*artifact.numeric, *(name for name in (artifact.anchor, artifact.scale) if name)}
     for rows in (1, 3):
         columns = {name: np.ones(rows) for name in names}
-        prediction = runner.predict(
-            columns, {name: ["?"] * rows for name in (*artifact.categorical, artifact.entity)}
-        )
+        prediction = runner.predict(columns, {name: ["?"] * rows for name in (*artifact.categorical, artifact.entity)})
         if prediction.value.shape != (rows,) or not np.isfinite(prediction.value).all():
-            raise ArtifactError(
-                f"{directory}: the model's answer to {rows} rows of ones is {prediction.value}"
-            )
+            raise ArtifactError(f"{directory}: the model's answer to {rows} rows of ones is {prediction.value}")
     return artifact
 
 
@@ -308,9 +290,7 @@ def verify_apart(directory: Path | str, timeout_s: float = 60.0) -> Artifact:
     # A worker may have found this code by its sys.path alone (an unpacked working directory).
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
         raise ArtifactError(f"{directory} did not load within {timeout_s:g} s") from error
     if done.returncode:

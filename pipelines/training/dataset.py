@@ -74,7 +74,7 @@ def load_examples(
             f"use case {use_case.name!r}: the snapshot holds features of view {view}, "
             f"this code computes {present}; run its backfill, or train with the code that made it"
         )
-    table = training_rows(use_case, tables, events_version, table_version=training_version)
+    table = training_rows(use_case, tables, tables.version("aqua/events"), table_version=training_version)
     if not table.num_rows:
         raise ValueError(
             f"use case {use_case.name!r}: version {training_version} of its training table has no rows "

@@ -29,7 +29,7 @@ from pipelines.training.artifact import encode_categories, places_of
 from pipelines.training.dataset import Frame, load_examples, split
 from pipelines.training.networks import Network, Shape, fit_preprocessing, residual_target
 
-STATE, PAGE = "state.safetensors", "fit.json"
+STATE, PAGE = "state.pkl", "fit.json"
 _UNKNOWN_SHARE = 0.01  # of codes hidden while training, so that the unknown category means something
 _WARM_UP = 0.1  # share of the steps
 

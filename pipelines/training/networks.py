@@ -153,9 +153,7 @@ class Network(nn.Module):
         return anchor + scale * residual
 
 
-def residual_target(
-    transform: Transform, target: np.ndarray, anchor: np.ndarray, scale: np.ndarray
-) -> np.ndarray:
+def residual_target(transform: Transform, target: np.ndarray, anchor: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """What the network must answer: (f(target) - f(anchor)) / scale; NaN where that is not defined."""
     with np.errstate(divide="ignore", invalid="ignore"):
         if transform == "log":

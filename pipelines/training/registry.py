@@ -160,9 +160,7 @@ class Registry:
 
     def aliases(self, model: str) -> dict[str, str]:
         """The aliases as MLflow shows them: name to version."""
-        return {
-            name: str(version) for name, version in self._client.get_registered_model(model).aliases.items()
-        }
+        return {name: str(version) for name, version in self._client.get_registered_model(model).aliases.items()}
 
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException

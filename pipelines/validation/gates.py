@@ -98,9 +98,7 @@ def judge_gate(
     ours = row_losses(gate.metric, actual[usable], predicted[usable])
     theirs = row_losses(gate.metric, actual[usable], baseline[usable])
     if undefined := int((~np.isfinite(ours) | ~np.isfinite(theirs)).sum()):
-        return result(
-            False, f"inconclusive: {gate.metric} is undefined on {undefined} rows with outcome 0; use mae"
-        )
+        return result(False, f"inconclusive: {gate.metric} is undefined on {undefined} rows with outcome 0; use mae")
     pair = (finish(gate.metric, float(ours.mean())), finish(gate.metric, float(theirs.mean())))
     sums = np.bincount(np.unique(blocks, return_inverse=True)[1], weights=theirs)
     if not np.all(sums > 0):

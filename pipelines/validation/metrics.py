@@ -37,7 +37,8 @@ def row_losses(metric: Metric, actual: np.ndarray, predicted: np.ndarray) -> np.
     if metric == "mae":
         return error
     if metric == "rmse":
-        return error * error
+        squared: np.ndarray = error * error
+        return squared
     if metric == "mape":
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(actual == 0, np.inf, error / np.abs(actual))

@@ -43,9 +43,7 @@ class Report:
         if self.by_entity:
             worst = min(self.by_entity, key=lambda name: self.by_entity[name].coverage)
             lines.append(f"lowest coverage: {worst} {self.by_entity[worst].coverage:.1%}")
-        lines += [
-            f"gate {gate.name}: {'passed' if gate.passed else 'FAILED'}, {gate.reason}" for gate in self.gates
-        ]
+        lines += [f"gate {gate.name}: {'passed' if gate.passed else 'FAILED'}, {gate.reason}" for gate in self.gates]
         return "\n".join(lines if self.gates else [*lines, "no gates: not passed"])
 
 

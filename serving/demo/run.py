@@ -47,9 +47,7 @@ def demo(usecase: str, *, home: Path, history_days: int | None, replay_days: int
     _say(f"report: {report.path}")
 
 
-def _run(
-    usecase: str, settings: Settings, report: Report, history_days: int | None, replay_days: int
-) -> None:
+def _run(usecase: str, settings: Settings, report: Report, history_days: int | None, replay_days: int) -> None:
     running = session.up(settings, say=_say)
     from serving.demo.steps import Demo  # after `up`: Serve reads its flags when it is imported
 

@@ -176,15 +176,13 @@ class Demo:
         self.say(f"    version {table.champion} answers at {self.url}/v1/{self.use_case.name}")
         with Client(self.use_case.name, url=self.url, api_key=owner_key(self.settings)) as client:
             began = time.perf_counter()
-            done = self.replayed = replay(
-                self.use_case, self.rows, self.start_us, self.clock, client, self.say
-            )
+            done = self.replayed = replay(self.use_case, self.rows, self.start_us, self.clock, client, self.say)
             seconds = time.perf_counter() - began
             self._wait_for_drain(client)
         expect(done.unanswered == 0, f"{done.unanswered} predictions had no value")
-        stored = self.tables.read(
-            events_table(self.use_case), columns=[EVENT_ID], filter=pc.field(SEQUENCE) > 0
-        )[EVENT_ID].to_pylist()
+        stored = self.tables.read(events_table(self.use_case), columns=[EVENT_ID], filter=pc.field(SEQUENCE) > 0)[
+            EVENT_ID
+        ].to_pylist()
         expect(
             len(stored) == len(set(stored)) and set(stored) == done.event_ids,
             f"{len(stored)} drained events ({len(set(stored))} distinct), {len(done.event_ids)} acknowledged",

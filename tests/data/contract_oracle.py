@@ -1,4 +1,4 @@
-"""The contract's row rules in the plainest Python, and generators of contracts and records: the tests' oracle."""
+"""The contract's row rules in the plainest Python, and generators of contracts and records."""
 
 from __future__ import annotations
 
@@ -85,27 +85,30 @@ def record_rules(contract: Contract, record: Any) -> list[str]:
         return ["row.unreadable"]
     broken = [f"{f.name}.{r}" for f in contract.fields for r in field_rules(contract, f, record.get(f.name))]
     names = {f.name for f in contract.fields}
-    unknown = {
-        f"{key}.unknown".encode("utf-8", "backslashreplace").decode() for key in record if key not in names
-    }
+    unknown = {f"{key}.unknown".encode("utf-8", "backslashreplace").decode() for key in record if key not in names}
     return broken + sorted(unknown)
 
 
 _numbers = st.one_of(
     st.integers(-5, 15),
     st.floats(-5, 15),
-    st.sampled_from(
-        [0.0, -0.0, 9.999, 10.0, 10**400, -(10**400), 2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**53 + 1]
-    ),
+    st.sampled_from([0.0, -0.0, 9.999, 10.0, 10**400, -(10**400), 2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**53 + 1]),
     st.sampled_from([math.nan, math.inf, -math.inf, 1e308, 5e-324]),
 )
 _texts = st.one_of(
     st.sampled_from(["a", "b", "a1", "a\n", "٣", "é", "", "A", "b2", "\ud800", "nan", "1", "true"]),
     st.text(max_size=4),
 )
-_offsets = st.sampled_from(
-    ["Z", "+00:00", "-00:00", "+05:30", "-23:59", "+24:00", "+01:60", "z", "", "+0100"]
-)
+INSTANTS = (
+    "2026-02-30T00:00:00Z", "2024-02-29T00:00:00Z", "2026-13-01T00:00:00Z", "2026-01-01T24:00:00Z",
+    "9999-12-31T23:30:00-01:00", "0999-01-01T00:00:00Z", "1000-01-01T00:00:00+01:00",
+    "2026-01-01T00:00:60Z", "2026-01-01", "2026-01-01T00:00Z", "２026-01-01T00:00:00Z",
+    "2026-03-01T12:00:00Z\n", "2026-03-01T12:00:00Z", "2026-03-01T12:00:00.000001Z", "2026-03-01T13:00:00Z",
+    "2026-01-01T00:00:00.5Z", "2026-01-01T00:00:00.123456000Z", "2026-01-01T00:00:00.1234567Z",
+    "2026-01-01T00:00:00.1234560000Z", "2026-01-01 00:00:00+05:30", "2026-01-01T00:00:00+24:00",
+    "2026-01-01T00:00:00-23:59", "2026-01-01T00:00:00", "2026-01-01t00:00:00z", "2026-01-01T00:00:00+0100",
+)  # fmt: skip
+_offsets = st.sampled_from(["Z", "+00:00", "-00:00", "+05:30", "-23:59", "+24:00", "+01:60", "z", "", "+0100"])
 _times = st.one_of(
     st.builds(
         lambda when, sep, fraction, offset: when.strftime("%Y-%m-%d").rjust(10, "0") + sep
@@ -115,12 +118,7 @@ _times = st.one_of(
         st.sampled_from(["", ".5", ".123456", ".123456000", ".1234567", ".", ".1234560000"]),
         _offsets,
     ),
-    st.sampled_from(
-        ["2026-02-30T00:00:00Z", "2024-02-29T00:00:00Z", "2026-13-01T00:00:00Z", "2026-01-01T24:00:00Z",
-         "9999-12-31T23:30:00-01:00", "0999-01-01T00:00:00Z", "1000-01-01T00:00:00+01:00", "2026-01-01T00:00:60Z",
-         "2026-01-01", "2026-01-01T00:00Z", "２026-01-01T00:00:00Z", "2026-03-01T12:00:00Z\n",
-         "2026-03-01T12:00:00Z", "2026-03-01T12:00:00.000001Z", "2026-03-01T13:00:00Z"]
-    ),
+    st.sampled_from(INSTANTS),
     st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1)),
     st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC)),
 )  # fmt: skip
@@ -168,9 +166,7 @@ def contracts(draw: st.DrawFn) -> Contract:
 
 def records(contract: Contract) -> st.SearchStrategy[Any]:
     """Mostly plausible records, with absent keys, nulls, other types and unknown names."""
-    fields = {
-        f.name: st.one_of(_VALUES[f.type], _VALUES[f.type], _VALUES[f.type], _junk) for f in contract.fields
-    }
+    fields = {f.name: st.one_of(_VALUES[f.type], _VALUES[f.type], _VALUES[f.type], _junk) for f in contract.fields}
     known = st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(fields)
     extra = st.dictionaries(st.sampled_from(["x", "\ud800", "zz.missing", "é", ""]), _junk, max_size=2)
     return st.one_of(
@@ -180,3 +176,37 @@ def records(contract: Contract) -> st.SearchStrategy[Any]:
         st.builds(lambda a, b: {**b, **a}, known, extra),
         st.sampled_from([None, 1, [1], "{}"]),
     )
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 10, 11, -0.0, 0.5, 0.499, 9.5, 9.75, 10.0, 1.0, 10**400, -(10**400),
+    2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**53 + 1, 2**1024 - 2**970, 2**1024 - 2**970 - 1,
+    math.nan, math.inf, -math.inf, 1e308, 5e-324, "", "a", "b", "b2", "a1", "a\n", "A", "٣", "a٣", "é",
+    "\ud800", "nan", "1", "true", [], {"a": 1}, *INSTANTS, NOW, NOW + timedelta(microseconds=1),
+    NOW.replace(tzinfo=None), datetime(2026, 1, 1, 0, 0, 0, 1, UTC),
+)  # fmt: skip
+
+
+def every_field() -> list[Field]:
+    """A field ``f`` of every type with every kind of limit, nullable and not."""
+    limits: list[tuple[FieldType, dict[str, Any]]] = [(kind, {}) for kind in FieldType]
+    for kind in (FieldType.FLOAT, FieldType.INTEGER):
+        limits += [(kind, {"minimum": low}) for low in (0.0, 0.5, -1e300, 2.0**63, -math.inf)]
+        limits += [(kind, {"maximum": high}) for high in (10.0, 9.5, 1e300, -(2.0**63))]
+        limits.append((kind, {"minimum": 0.5, "maximum": 9.5}))
+    for pattern in (r"[a-z]\d?", r"\w*", ".", "a|b2"):
+        limits.append((FieldType.STRING, {"pattern": pattern}))
+        limits.append((FieldType.STRING, {"pattern": pattern, "allowed": ("b", "é", "A")}))
+    limits.append((FieldType.STRING, {"allowed": ()}))
+    return [Field(name="f", type=kind, nullable=null, **more) for kind, more in limits for null in (False, True)]
+
+
+def field_label(field: Field) -> str:
+    return " ".join(str(value) for key, value in field.model_dump(exclude_defaults=True).items() if key != "name")
+
+
+def contract_of(field: Field) -> Contract:
+    """A contract of an entity ``who``, a time ``at`` and this field; a timestamp is its time itself."""
+    fields = (Field(name="who", type=FieldType.STRING), Field(name="at", type=FieldType.TIMESTAMP), field)
+    time = "f" if field.type is FieldType.TIMESTAMP and not field.nullable else "at"
+    return Contract(name="one", version="1.0.0", owner="tests", fields=fields, entity="who", time=time, key=("who",))

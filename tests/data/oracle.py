@@ -78,7 +78,9 @@ def finish(fold: Fold, m: Moments) -> float:
 def features(
     view: FeatureView, contract: Contract, events: Iterable[Event], now: int
 ) -> list[tuple[float, int | None]]:
-    """(value, time of the newest contributing event) of every stored feature at ``now``, from all ``events``."""
+    """(value, time of the newest contributing event) of every stored feature at ``now``, from all
+    ``events``.
+    """
     lateness = microseconds(contract.lateness)
     eligible = sorted(
         (e for e in events if e.known_at - e.time <= lateness and e.time <= now),

@@ -1,4 +1,6 @@
-"""The folds: what each computes, of nothing, of one value, of parts; and that they stay right where sums fail."""
+"""The folds: what each computes, of nothing, of one value, of parts; and that they stay right where sums
+fail.
+"""
 
 from __future__ import annotations
 

@@ -69,9 +69,7 @@ def test_an_unsigned_integer_beyond_64_bits_is_no_integer() -> None:
         ("at", pa.array([datetime(2026, 1, 1).date(), None])),
     ],
 )
-def test_a_column_of_another_type_breaks_the_type_where_it_holds_something(
-    name: str, values: pa.Array
-) -> None:
+def test_a_column_of_another_type_breaks_the_type_where_it_holds_something(name: str, values: pa.Array) -> None:
     found, _ = _judge({name: values})
     missing = () if CONTRACT.field(name).nullable else (f"{name}.missing",)
     assert found == [(f"{name}.type",), missing]
@@ -93,6 +91,12 @@ def test_instants_that_microseconds_or_python_cannot_hold_break_the_type() -> No
     assert found == [("at.future",), ("at.type",), (), ("at.type",)]
 
 
+def test_the_future_begins_a_microsecond_after_now() -> None:
+    column = pa.array([NOW + timedelta(microseconds=1)], INSTANT)
+    assert _judge({"at": column})[0] == [("at.future",)]
+    assert _judge({"at": pa.array([NOW], INSTANT)})[0] == [()]
+
+
 def test_dictionaries_and_large_strings_are_strings() -> None:
     assert _judge({"who": pa.array(["a", "c", "a"]).dictionary_encode()})[0] == [(), ("who.allowed",), ()]
     assert _judge({"who": pa.array(["b"], pa.large_string())})[0] == [()]
@@ -112,9 +116,7 @@ def test_another_unit_or_an_extra_column_refuses_every_row() -> None:
     table = table.cast(table.schema.set(2, level))
     verdict = rows.check(CONTRACT, rows.from_arrow(CONTRACT, table), NOW_US)
     assert verdict.rules_of(0) == ("level.maximum", "level.unit", "note.unknown")
-    same = table.drop_columns(["note"]).cast(
-        pa.schema([*list(table.schema)[:2], level.with_metadata({"unit": "m"})])
-    )
+    same = table.drop_columns(["note"]).cast(pa.schema([*list(table.schema)[:2], level.with_metadata({"unit": "m"})]))
     assert rows.check(CONTRACT, rows.from_arrow(CONTRACT, same), NOW_US).rules_of(0) == ("level.maximum",)
 
 
@@ -124,9 +126,7 @@ def test_two_columns_of_one_name_cannot_be_read() -> None:
 
 
 def test_a_refused_row_can_be_shown_as_it_came() -> None:
-    _, parsed = _judge(
-        {"level": pa.array([1.0, float("nan")]), "at": pa.array([1, 2**62], pa.timestamp("s", "UTC"))}
-    )
+    _, parsed = _judge({"level": pa.array([1.0, float("nan")]), "at": pa.array([1, 2**62], pa.timestamp("s", "UTC"))})
     shown = [json.loads(text) for text in parsed.raw(np.array([1]))]
     assert shown[0]["who"] == "a"
     assert np.isnan(shown[0]["level"])
@@ -141,17 +141,13 @@ def test_no_rows_are_no_problem() -> None:
 
 
 def test_chunks_do_not_matter() -> None:
-    pieces = [
-        pa.table({"who": ["a"], "at": pa.array([NOW], INSTANT), "level": [v]}) for v in (1.0, 11.0, 2.0)
-    ]
+    pieces = [pa.table({"who": ["a"], "at": pa.array([NOW], INSTANT), "level": [v]}) for v in (1.0, 11.0, 2.0)]
     verdict = rows.check(CONTRACT, rows.from_arrow(CONTRACT, pa.concat_tables(pieces)), NOW_US)
     assert verdict.accepted.tolist() == [True, False, True]
 
 
 def test_finite_values_whose_sum_overflows_are_finite() -> None:
-    wide = CONTRACT.model_copy(
-        update={"fields": (*CONTRACT.fields[:2], Field(name="level", type=FieldType.FLOAT))}
-    )
+    wide = CONTRACT.model_copy(update={"fields": (*CONTRACT.fields[:2], Field(name="level", type=FieldType.FLOAT))})
     table = pa.table({"who": ["a"] * 3, "at": pa.array([NOW] * 3, INSTANT), "level": [1e308, 1e308, 1e308]})
     assert rows.check(wide, rows.from_arrow(wide, table), NOW_US).accepted.all()
 

@@ -1,4 +1,4 @@
-"""Settings: what the environment says arrives, survives the way to another process, and errors name their cause."""
+"""Settings: what the environment says arrives, and reaches another process; errors name their cause."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def test_every_field_has_a_variable():
 
 def test_another_process_in_another_directory_reads_the_same(tmp_path, monkeypatch):
     made = Settings.from_environment({"TIDEGATE_HOME": "relative/home", "TIDEGATE_BUCKETS": "3"})
-    code = "from cluster.settings import Settings; import sys; sys.stdout.write(Settings.from_environment().model_dump_json())"
+    code = (
+        "from cluster.settings import Settings; import sys\n"
+        "sys.stdout.write(Settings.from_environment().model_dump_json())"
+    )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("TIDEGATE_")}
     root = Path(__file__).parents[2]
     done = subprocess.run(

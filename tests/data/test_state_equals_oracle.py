@@ -1,4 +1,6 @@
-"""Invariants 3 and 4: online state = offline sweep = naive oracle, to the last bit, for every interleaving."""
+"""Invariants 3 and 4: online state = offline sweep = naive oracle, to the last bit, for every
+interleaving.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,7 @@ def test_offline_sweep_equals_the_oracle_at_every_read(world: World) -> None:
 
 @given(worlds(), st.data())
 @settings(max_examples=100, deadline=None)
-def test_neither_batch_splits_nor_restarts_from_bytes_change_the_state(
-    world: World, data: st.DataObject
-) -> None:
+def test_neither_batch_splits_nor_restarts_from_bytes_change_the_state(world: World, data: st.DataObject) -> None:
     events = counted(PLAN, world.events)
     whole = EntityState(PLAN)
     whole.apply(*arrays(PLAN, events))

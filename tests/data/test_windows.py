@@ -1,4 +1,6 @@
-"""Which events a window, a lag and a training example see: edges of tiles, lateness, knowledge, request times."""
+"""Which events a window, a lag and a training example see: edges of tiles, lateness, knowledge, request
+times.
+"""
 
 from __future__ import annotations
 

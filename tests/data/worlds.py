@@ -1,4 +1,6 @@
-"""Small worlds of events for property tests: a view with every fold, and interleavings of late, tied and null events."""
+"""Small worlds of events for property tests: a view with every fold, and interleavings of late, tied and null
+events.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ VIEW = FeatureView(
         Window(field="level", length=40 * SECOND, hop=40 * SECOND, folds=(Fold.LAST, Fold.MIN)),
         Window(field="level", length=420 * SECOND, hop=20 * SECOND, folds=(Fold.STD, Fold.COUNT, Fold.MAX)),
     ),
-    lags=(Lag(field="flow", offset=60 * SECOND, hop=20 * SECOND), Lag(field="level", offset=300 * SECOND, hop=60 * SECOND)),
+    lags=(
+        Lag(field="flow", offset=60 * SECOND, hop=20 * SECOND),
+        Lag(field="level", offset=300 * SECOND, hop=60 * SECOND),
+    ),
     ttl=50 * SECOND,
 )  # fmt: skip
 PLAN = compile_plan(VIEW, CONTRACT)
@@ -72,8 +77,10 @@ _VALUES = st.one_of(
 
 
 @st.composite
-def worlds(draw: st.DrawFn, *, most: int = 60, bulk: bool = False) -> World:
-    """Up to ``most`` events: in order, late, too late, ahead of the clock, tied; with reads near the present."""
+def worlds(draw: st.DrawFn, *, most: int = 60) -> World:
+    """Up to ``most`` events: in order, late, too late, ahead of the clock, tied; with reads near the
+    present.
+    """
     lateness, future = microseconds(CONTRACT.lateness), microseconds(CONTRACT.future)
     known, events, reads, taken = BASE, [], [], set()
     for _ in range(draw(st.integers(0, most))):

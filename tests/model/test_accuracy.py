@@ -88,9 +88,7 @@ def test_an_unknown_district_gets_an_answer_near_its_anchor(trained: Trained) ->
 def test_missing_weather_changes_an_answer_little_and_never_to_nothing(trained: Trained) -> None:
     test = trained.parts.test
     whole = trained.runner.predict(test.columns, test.strings).value
-    part = trained.runner.predict(
-        changed(test, temperature=np.nan, warmer=np.nan, rain=np.nan), test.strings
-    ).value
+    part = trained.runner.predict(changed(test, temperature=np.nan, warmer=np.nan, rain=np.nan), test.strings).value
     assert np.isfinite(part).tolist() == np.isfinite(whole).tolist()
     usable = np.isfinite(whole)
     assert np.mean(np.abs(part - whole)[usable] / test.columns["inflow_mean_7d"][usable]) < 0.15
@@ -100,6 +98,4 @@ def test_an_absurd_forecast_is_not_followed_without_bound(trained: Trained) -> N
     test = trained.parts.test
     hot = trained.runner.predict(changed(test, temperature=1e6, warmer=1e6), test.strings).value
     usable = np.isfinite(hot)
-    assert (
-        np.abs(hot - test.columns["last_week"])[usable] < 5 * test.columns["inflow_mean_7d"][usable]
-    ).all()
+    assert (np.abs(hot - test.columns["last_week"])[usable] < 5 * test.columns["inflow_mean_7d"][usable]).all()

@@ -142,9 +142,7 @@ def test_without_a_calibration_there_is_no_interval(saved: Path) -> None:
     assert np.isnan(found.upper).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("anchor", np.nan), ("scale", np.nan), ("scale", 0.0), ("scale", -1.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("anchor", np.nan), ("scale", np.nan), ("scale", 0.0), ("scale", -1.0)])
 def test_an_unusable_anchor_or_scale_gives_no_number_at_all(copied: Path, name: str, value: float) -> None:
     calibration = Calibration(coverage=0.9, everywhere=2.0, rows=900)
     write_page(copied, artifacts.load(copied).model_copy(update={"calibration": calibration}))

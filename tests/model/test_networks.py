@@ -22,9 +22,7 @@ def network(numeric: np.ndarray, **options: Any) -> Network:
     return made.eval()
 
 
-def answer(
-    net: Network, numeric: Any, codes: Any = None, anchor: Any = None, scale: Any = None
-) -> np.ndarray:
+def answer(net: Network, numeric: Any, codes: Any = None, anchor: Any = None, scale: Any = None) -> np.ndarray:
     numeric = np.asarray(numeric, dtype=np.float64)
     n = len(numeric)
     codes = np.ones((n, 1), np.int64) if codes is None else np.asarray(codes, np.int64).reshape(n, 1)
@@ -46,6 +44,8 @@ def test_a_missing_number_has_an_answer_of_its_own_not_that_of_the_mean(hole: fl
     row[0, 2], mean[0, 2] = hole, numeric[:, 2].mean()
     assert np.isfinite(answer(net, row)).all()
     assert abs(answer(net, row) - answer(net, mean))[0] > 1e-3
+    encoded = net.encode(torch.from_numpy(row), torch.ones((1, 1), dtype=torch.int64))[0]
+    assert encoded[4:8].tolist() == [0, 0, 1, 0]  # the flags stand after the four standardised numbers
 
 
 def test_columns_that_are_constant_or_never_there_do_no_harm() -> None:
@@ -101,7 +101,7 @@ def test_an_answer_is_the_anchor_corrected_in_the_transformed_space(transform: T
 
 def test_residuals_that_are_not_defined_are_nan() -> None:
     label, anchor = np.array([1.0, 1.0, 0.0, 1.0, np.nan]), np.array([2.0, 0.0, 2.0, 2.0, 2.0])
-    scale = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
+    scale = np.array([1.0, 1.0, 1.0, -1.0, 1.0])
     assert np.isnan(residual_target("log", label, anchor, scale)).tolist() == [False, True, True, True, True]
     assert np.isnan(residual_target("identity", label, anchor, scale)).tolist() == [False] * 3 + [True] * 2
 

@@ -42,7 +42,7 @@ def main(home: str, source: str, point: str) -> None:
         enforce.settle = kill
     if point == "settled":
         Tables.commit = commit_unless("/events")  # type: ignore[method-assign]
-    if point in ("between", "decided"):
+    if point in ("between", "undecided"):
         Tables.commit = commit_unless("/quarantine")  # type: ignore[method-assign]
     if point == "committed":
         Database.finish_load = kill  # type: ignore[method-assign]

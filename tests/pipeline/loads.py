@@ -15,6 +15,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts import enforce, events
 from pipelines.ingest import LoadReport, ingest
+from pipelines.spec import UseCase
 from pipelines.usecases import aqua
 
 START = datetime(2023, 1, 1, tzinfo=UTC)
@@ -38,9 +39,9 @@ class World:
     database: Database
     clock: FixedClock
 
-    def load(self, sources: Sequence[str], **options: Any) -> LoadReport:
+    def load(self, sources: Sequence[str], use_case: UseCase = USE_CASE, **options: Any) -> LoadReport:
         return ingest(
-            USE_CASE,
+            use_case,
             sources,
             tables=self.tables,
             database=self.database,

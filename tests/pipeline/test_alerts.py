@@ -1,4 +1,4 @@
-"""Alerts: one per name and subject, told when it opens, at most once per interval while it lasts, and when it resolves."""
+"""Alerts: one per name and subject, told when it opens, once per interval while it lasts, and at its end."""
 
 from __future__ import annotations
 

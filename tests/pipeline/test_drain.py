@@ -48,9 +48,10 @@ def _append(log: DurableLog, numbers: range) -> None:
 
 def _answer(number: int) -> dict[str, Any]:
     return {
-        "prediction_id": f"p{number}", "_time": NOW_US + number, "entity": "dma_1", "inputs": "{}",
-        "stored": [1.5, None], "status": [0, 3], "numeric": [2.0], "sequence": 7, "generation": 1, "view": "v",
-        "model_version": "1", "variant": "champion", "value": 3.0, "lower": 2.0, "upper": 4.0,
+        "prediction_id": f"p{number}", "_time": NOW_US + number, "entity": "dma_1",
+        "inputs": "{}", "stored": [1.5, None], "status": [0, 3], "numeric": [2.0], "sequence": 7,
+        "generation": 1,
+        "view": "v", "model_version": "1", "variant": "champion", "value": 3.0, "lower": 2.0, "upper": 4.0,
     }  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def test_every_stream_reaches_its_table_and_leaves_the_log(here: World, log: Dur
     _put(log, "predictions", [_answer(i) for i in range(3)])
     _put(log, "outcomes", [{"prediction_id": "p1", "value": 3.5, "at": NOW_US}])
     refused = {"_load_id": "http", "source": "http", "position": 0, "contract": "district_readings",
-               "contract_version": "1.0.0", "rules": ["rain.missing"], "record": "{}", "at": NOW_US}  # fmt: skip
+               "contract_version": "1.0.0", "rules": ["rain.missing"],
+               "record": "{}", "at": NOW_US}  # fmt: skip
     _put(log, "quarantine", [refused])
     drained = drain(USE_CASE, log, here.tables, here.settings)
     assert drained.rows == {"events": 30, "quarantine": 1, "predictions": 3, "outcomes": 1}
@@ -149,7 +151,7 @@ def test_a_drain_killed_between_its_steps_repeats_and_loses_nothing(
 
 def test_only_the_holder_of_the_lease_drains(here: World, log: DurableLog) -> None:
     _append(log, range(10))
-    arguments = (USE_CASE, log, here.tables, here.database, here.settings, here.clock)
+    arguments = (USE_CASE, log, here.tables, here.database, here.settings)
     assert leases.try_events(here.database, USE_CASE, "a load")
     assert drain_once(*arguments, "me") is None
     assert log.pending("events") == 10

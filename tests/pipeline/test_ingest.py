@@ -11,7 +11,6 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.log import DurableLog, Record
 from pipelines import ingest as job
 from pipelines.contracts import enforce, events
 from pipelines.usecases import aqua
@@ -68,9 +67,7 @@ def test_a_csv_line_of_another_width_is_one_refused_row(home: Path, inbox: Path)
 def test_positions_count_over_batches_and_over_refused_lines(home: Path, inbox: Path) -> None:
     here = world(home)
     table = readings(range(200_000))
-    bad = table.set_column(
-        3, "temperature", pa.array([99.0 if i in (7, 199_999) else 1.0 for i in range(200_000)])
-    )
+    bad = table.set_column(3, "temperature", pa.array([99.0 if i in (7, 199_999) else 1.0 for i in range(200_000)]))
     lines = _csv(bad).splitlines()
     lines.insert(100_001, "short")
     (inbox / "b.csv").write_text("\n".join(lines) + "\n")
@@ -193,17 +190,6 @@ def test_a_file_that_declares_another_unit_or_column_is_refused(home: Path, inbo
     report = here.load([str(inbox / "a.parquet")])
     assert report.by_rule == {"inflow.unit": 10, "note.unknown": 10}
     assert report.status == "refused"
-
-
-def test_a_published_load_is_known_to_http_ingest(home: Path, inbox: Path) -> None:
-    here = world(home)
-    log = DurableLog(home / "log", remember_us=7 * 86_400_000_000)
-    pq.write_table(readings(range(20)), inbox / "a.parquet")
-    here.load([str(inbox / "a.parquet")], log=log)
-    known = everything(here.tables)[0].column(events.EVENT_ID)[0].as_py()
-    with log.transaction(here.clock.now()) as transaction:
-        assert transaction.append("events", [Record(known.encode(), b"x"), Record(b"new", b"y")]) == [None, 1]
-    log.close()
 
 
 def test_a_source_that_is_not_there_or_of_no_known_kind_is_named(home: Path, inbox: Path) -> None:

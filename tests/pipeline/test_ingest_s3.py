@@ -60,4 +60,4 @@ def test_files_on_s3_reach_tables_on_s3(home: Path, options: dict[str, str]) -> 
     accepted, quarantine = everything(here.tables)
     assert (accepted.num_rows, quarantine.column("source").to_pylist()) == (59, ["a.parquet"])
     staged = client.list_objects_v2(Bucket="lake", Prefix="tables/_staging/").get("Contents", [])
-    assert [item["Key"] for item in staged if item["Key"].endswith(".parquet")] == []
+    assert [item["Key"] for item in staged if item["Key"].endswith(".arrow")] == []

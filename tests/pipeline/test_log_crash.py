@@ -63,9 +63,7 @@ def test_every_acknowledged_record_of_a_killed_writer_is_there_once(tmp_path, se
     assert [record.sequence for record in records] == list(range(1, len(records) + 1))
     assert len(values) == len(set(values))
     assert set(acknowledged) | {text + b"+" for text in acknowledged} <= set(values)
-    assert {value.rstrip(b"+") for value in values} == {
-        v for v in values if not v.endswith(b"+")
-    }  # both or neither
+    assert {value.rstrip(b"+") for value in values} == {v for v in values if not v.endswith(b"+")}  # both or neither
     with log.transaction(time.time_ns() // 1000) as txn:
         again = txn.append("events", [Record(value, value) for value in values])
     assert set(again) == {None}

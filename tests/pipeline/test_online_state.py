@@ -109,9 +109,7 @@ def test_projecting_again_or_after_a_restart_applies_nothing_twice(log: DurableL
     again.close()
 
 
-def test_materialized_state_is_table_rows_and_the_log_after_them(
-    log: DurableLog, online: OnlineState
-) -> None:
+def test_materialized_state_is_table_rows_and_the_log_after_them(log: DurableLog, online: OnlineState) -> None:
     history = [record("a", BASE + i * MINUTE, float(i) / 3, 1.0) for i in range(20)]
     later = [record("a", BASE + 20 * MINUTE, 0.1), record("b", BASE + 20 * MINUTE, 7.0)]
     now = BASE + 20 * MINUTE
@@ -206,9 +204,14 @@ def test_stale_values_are_flagged_by_the_reader(log: DurableLog, online: OnlineS
 
 def test_a_full_store_says_so(tmp_path: Path) -> None:
     store = Store(tmp_path / "small", map_bytes=64 * 1024)
-    with pytest.raises(StoreFull, match="65536 bytes"), store.writing() as txn:
-        for i in range(100):
-            txn.put(f"entity {i}", bytes(4096))
+
+    def fill() -> None:
+        with store.writing() as txn:
+            for i in range(100):
+                txn.put(f"entity {i}", bytes(4096))
+
+    with pytest.raises(StoreFull, match="65536 bytes"):
+        fill()
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""Delta tables on files and on S3 over HTTP: loads commit exactly once, reads are pinned and typed as declared."""
+"""Delta tables on files and on S3 over HTTP: loads commit once, reads are pinned and typed as declared."""
 
 from __future__ import annotations
 
@@ -198,9 +198,7 @@ def test_rows_of_another_schema_are_not_written(local, tmp_path):
     assert local.marker("aqua/events", "load") is None
 
 
-@pytest.mark.parametrize(
-    "partition", [{}, {"_bucket": 1, "entity": "e"}, {"_bucket": "a/../b"}, {"_bucket": ""}]
-)
+@pytest.mark.parametrize("partition", [{}, {"_bucket": 1, "entity": "e"}, {"_bucket": "a/../b"}, {"_bucket": ""}])
 def test_a_partition_that_does_not_fit_is_refused(local, partition):
     with pytest.raises(ValueError, match="partition"):
         local.write_file("aqua/events", rows(1), partition)
@@ -212,9 +210,7 @@ def test_pruning_by_what_is_no_partition_is_refused(local):
 
 
 def test_a_table_that_is_not_there_says_so(local):
-    with pytest.raises(
-        TableNotFoundError, match=r"no table 'aqua/nothing' below file:.*ensure\(\) creates it"
-    ):
+    with pytest.raises(TableNotFoundError, match=r"no table 'aqua/nothing' below file:.*ensure\(\) creates it"):
         local.read("aqua/nothing")
 
 
@@ -224,25 +220,23 @@ def test_a_name_that_would_leave_its_place_is_refused(local, name):
         local.uri(name)
 
 
-def test_other_stores_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither file:///… nor s3://…"):
-        Tables("/no/scheme").ensure("t", SCHEMA)
+@pytest.mark.parametrize("url", ["/no/scheme", "gs://bucket", "file://host/path"])
+def test_other_stores_are_refused(url):
+    with pytest.raises(ValueError, match="tables live below file:///… or s3://…"):
+        Tables(url)
 
 
 def _append(tables, number, start, answers):
     start.wait()
-    shared = [tables.append("aqua/events", rows(n), f"shared {n}").applied for n in range(4)]
-    own = [
-        tables.append("aqua/events", rows(100 * (number + 1) + n), f"own {number} {n}").applied
-        for n in range(4)
-    ]
+    shared = [tables.append("aqua/events", rows(n), f"shared {n}").applied for n in range(3)]
+    own = [tables.append("aqua/events", rows(100 * (number + 1) + n), f"own {number} {n}").applied for n in range(3)]
     answers.put((shared, own))
 
 
 def test_racing_processes_commit_every_load_once(tables):
     context = multiprocessing.get_context("spawn")
-    start, answers = context.Barrier(3), context.Queue()
-    children = [context.Process(target=_append, args=(tables, n, start, answers)) for n in range(3)]
+    start, answers = context.Barrier(2), context.Queue()
+    children = [context.Process(target=_append, args=(tables, n, start, answers)) for n in range(2)]
     for child in children:
         child.start()
     found = [answers.get(timeout=120) for _ in children]
@@ -251,7 +245,7 @@ def test_racing_processes_commit_every_load_once(tables):
     for shared in zip(*(answer[0] for answer in found), strict=True):
         assert sum(shared) == 1
     assert all(all(answer[1]) for answer in found)
-    expected = sorted([*range(4), *(100 * (number + 1) + n for number in range(3) for n in range(4))])
+    expected = [*range(3), *(100 * (number + 1) + n for number in range(2) for n in range(3))]
     assert in_order(tables.read("aqua/events")) == rows(*expected)
 
 
@@ -263,11 +257,11 @@ def _create(tables, start, answers):
 
 def test_racing_processes_create_one_table(tables):
     context = multiprocessing.get_context("spawn")
-    start, answers = context.Barrier(3), context.Queue()
-    children = [context.Process(target=_create, args=(tables, start, answers)) for _ in range(3)]
+    start, answers = context.Barrier(2), context.Queue()
+    children = [context.Process(target=_create, args=(tables, start, answers)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [answers.get(timeout=120) for _ in children] == [0, 0, 0]
+    assert [answers.get(timeout=120) for _ in children] == [0, 0]
     for child in children:
         child.join()
 

@@ -1,0 +1,110 @@
+"""SIGKILL of the gateway in the middle of ingest: nothing acknowledged is lost, and nothing appears twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from cluster import processes, session
+from cluster.clock import ReplayClock
+from cluster.log import DurableLog
+from cluster.tables import Tables
+from pipelines import usecases
+from pipelines.contracts.events import EVENT_ID, KNOWN_AT, SEQUENCE
+from pipelines.features.online import OnlineState
+from tests.deployment.waiting import drained, until
+
+WRITERS, BATCHES, BATCH, KILLS = 3, 40, 20, 3
+
+
+def _replicas(demo) -> list[int]:
+    running = session.current(demo.settings)
+    assert running is not None
+    found = processes.session_pids(running.environment_marker)
+    return [pid for pid in found if processes.command(pid).startswith("ray::ServeReplica:aqua")]
+
+
+def _batch(writer: int, number: int, start: datetime) -> list[dict[str, object]]:
+    return [
+        {
+            "district": f"dma_{100 + writer}",
+            "time": (start + timedelta(seconds=number * BATCH + i)).isoformat(),
+            "inflow": float(number * BATCH + i),
+            "temperature": 10.0,
+            "rain": 0.0,
+            "humidity": None,
+            "windspeed": None,
+            "holiday": False,
+        }
+        for i in range(BATCH)
+    ]
+
+
+@pytest.mark.timeout(240)
+def test_sigkill_of_the_gateway_loses_and_doubles_no_acknowledged_event(demo, tmp_path):
+    clock = ReplayClock(demo.settings.clock_file)
+    start = datetime.fromtimestamp(clock.now() // 1_000_000, UTC) - timedelta(hours=2)
+    acknowledged: set[str] = set()
+    done = [0] * WRITERS
+    failures: list[BaseException] = []
+
+    def write(writer: int) -> None:
+        try:
+            with demo.client(retries=60, timeout_s=20) as client:
+                for number in range(BATCHES):
+                    for result in client.events(_batch(writer, number, start)):
+                        assert result.status == "accepted"
+                        acknowledged.add(result.event_id or "")
+                    done[writer] += 1
+                    time.sleep(0.02)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(WRITERS)]
+    for thread in writers:
+        thread.start()
+    for kill in range(1, KILLS + 1):
+        share = kill * BATCHES * WRITERS // (KILLS + 1)
+        until(lambda: sum(done) >= share or bool(failures), f"{share} batches are acknowledged", 120)  # noqa: B023
+        replicas = _replicas(demo)
+        assert replicas, "no gateway replica was found"
+        os.kill(replicas[0], signal.SIGKILL)
+    for thread in writers:
+        thread.join(timeout=120)
+    assert not failures
+    assert len(acknowledged) == WRITERS * BATCHES * BATCH
+
+    with demo.client(retries=60) as client:
+        drained(client)
+        applied = client.status()["applied"]
+        served = {w: client.features(f"dma_{100 + w}").features for w in range(WRITERS)}
+
+    use_case = usecases.load("aqua")
+    tables = Tables(demo.settings.tables_url, demo.settings.storage_options)
+    rows = tables.read("aqua/events")
+    ids = rows[EVENT_ID].to_pylist()
+    assert len(ids) == len(set(ids)), "an event is in the table twice"
+    assert acknowledged <= set(ids), "an acknowledged event is not in the table"
+    sequences = sorted(s for s in rows[SEQUENCE].to_pylist() if s > 0)
+    assert len(sequences) == len(set(sequences))
+    assert rows[KNOWN_AT].null_count == 0
+
+    # The state that the killed processes left equals one rebuilt from the table alone.
+    empty = DurableLog(tmp_path / "log", remember_us=1_000_000)
+    rebuilt = OnlineState(tmp_path / "state", use_case)
+    rebuilt.materialize(rows, tables.version("aqua/events"), empty)
+    read = rebuilt.bind().read([f"dma_{100 + w}" for w in range(WRITERS)], clock.now())
+    assert applied == sequences[-1]
+    for writer in range(WRITERS):
+        values = [served[writer][name].value for name in use_case.view.stored]
+        expected = [None if np.isnan(v) else v for v in read.values[writer]]
+        assert values == expected
+    rebuilt.close()
+    empty.close()

@@ -1,0 +1,189 @@
+"""The backfill: its training table, its two engines, its idempotence, and the rebuild of online state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cluster.clock import ReplayClock, SystemClock
+from cluster.log import DurableLog, Record
+from cluster.settings import Settings
+from cluster.tables import Tables
+from pipelines import backfill as job
+from pipelines.contracts.enforce import events_table
+from pipelines.contracts.events import BUCKET, EVENT_ID, encode_event, events_schema
+from pipelines.features.offline import (
+    backfill,
+    build_examples,
+    examples_schema,
+    training_rows,
+    training_table,
+)
+from pipelines.features.online import OnlineState, log_path, state_path
+from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, same_bits
+from tests.pipeline.test_online_state import MINUTE, bulk, record, use_case
+
+CASE = use_case()
+
+
+def history(meters: int = 7, events: int = 40) -> pa.Table:
+    rng = np.random.default_rng(11)
+    return bulk(
+        [
+            record(f"m{m}", BASE + i * MINUTE + m, float(rng.normal()), float(rng.normal()))
+            for i in range(events)
+            for m in range(meters)
+        ]
+    )
+
+
+@pytest.fixture
+def tables(home: Path) -> Tables:
+    made = Tables((home / "tables").as_uri())
+    made.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
+    made.append(events_table(CASE), history(), "load/1")
+    return made
+
+
+def rows_of(tables: Tables, version: int) -> pa.Table:
+    rows = training_rows(CASE, tables, version)
+    return rows.select(examples_schema(CASE).names).sort_by([("_time", "ascending"), (EVENT_ID, "ascending")])
+
+
+def same_tables(left: pa.Table, right: pa.Table) -> bool:
+    if left.schema != right.schema or left.num_rows != right.num_rows:
+        return False
+    for name in left.schema.names:
+        one, other = left.column(name).combine_chunks(), right.column(name).combine_chunks()
+        if pa.types.is_floating(one.type):
+            if not same_bits(one.to_numpy(zero_copy_only=False), other.to_numpy(zero_copy_only=False)):
+                return False
+        elif not one.equals(other):
+            return False
+    return True
+
+
+def test_training_rows_are_the_examples_of_all_buckets(tables: Tables, home: Path) -> None:
+    done = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    expected = build_examples(CASE, history()).sort_by([("_time", "ascending"), (EVENT_ID, "ascending")])
+    assert done.rows == expected.num_rows > 0
+    assert same_tables(rows_of(tables, done.events_version), expected)
+
+
+def test_a_second_backfill_of_the_same_events_adds_nothing(tables: Tables, home: Path) -> None:
+    first = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    again = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    assert (again.rows, again.table_version) == (first.rows, first.table_version)
+
+
+def test_each_events_version_has_its_own_rows(tables: Tables, home: Path) -> None:
+    first = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    more = bulk([record("m0", BASE + 50 * MINUTE + i, 1.0) for i in range(3)])
+    tables.append(events_table(CASE), more, "load/2")
+    second = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    assert second.rows == first.rows + 3
+    assert training_rows(CASE, tables, first.events_version).num_rows == first.rows
+    old = backfill(
+        CASE, tables=tables, settings=Settings(home=home), events_version=first.events_version, engine="arrow"
+    )
+    assert old.rows == first.rows
+
+
+def test_a_backfill_of_an_older_version_does_not_see_later_events(tables: Tables, home: Path) -> None:
+    pinned = tables.version(events_table(CASE))
+    more = bulk([record("m0", BASE + 50 * MINUTE + i, 1.0) for i in range(3)])
+    tables.append(events_table(CASE), more, "load/2")
+    done = backfill(CASE, tables=tables, settings=Settings(home=home), events_version=pinned, engine="arrow")
+    assert done.rows == build_examples(CASE, history()).num_rows
+
+
+def test_another_view_or_target_has_a_table_of_its_own() -> None:
+    fewer = use_case(VIEW.model_copy(update={"lags": ()}))
+    target = CASE.model.target.model_copy(update={"horizon": 120 * SECOND})
+    other = CASE.model_copy(update={"model": CASE.model.model_copy(update={"target": target})})
+    assert len({training_table(case) for case in (CASE, fewer, other)}) == 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_data_and_plain_arrow_make_the_same_rows(tables: Tables, home: Path, tmp_path: Path) -> None:
+    plain = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    expected = rows_of(tables, plain.events_version)
+    other = Tables((tmp_path / "other").as_uri())
+    other.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
+    other.append(events_table(CASE), history(), "load/1")
+    carried = backfill(CASE, tables=other, settings=Settings(home=home), engine="ray")
+    assert carried.rows == plain.rows
+    assert same_tables(rows_of(other, carried.events_version), expected)
+
+
+def test_the_ray_engine_without_a_cluster_says_what_to_do(
+    tables: Tables, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="connect first"):
+        backfill(CASE, tables=tables, settings=Settings(home=home), engine="ray")
+
+
+def test_rebuilt_state_continues_the_table_with_the_log(tables: Tables, home: Path) -> None:
+    settings, now = Settings(home=home), BASE + 41 * MINUTE
+    log = DurableLog(log_path(settings, CASE), remember_us=1_000_000)
+    fresh = record("m0", now, 4.5, 1.0)
+    with log.transaction(now) as txn:
+        txn.append("events", [Record(None, encode_event(CONTRACT, fresh))])
+    log.close()
+    done = job.materialize(CASE, tables=tables, settings=settings, clock=SystemClock())
+    assert (done.generation, done.sequence, done.entities) == (1, 1, 7)
+    state = OnlineState(state_path(settings, CASE), CASE)
+    assert state.generation(1) == done.events_version == tables.version(events_table(CASE))
+    read = state.bind().read(["m0"], now)
+    assert read.values[0, state.plan.features.index("flow_last_1m")] == 4.5
+    state.close()
+
+
+def test_an_event_that_a_load_brought_is_not_taken_again_by_the_log(tables: Tables, home: Path) -> None:
+    settings = Settings(home=home, remember_seconds=3600)
+    clock = ReplayClock(settings.clock_file)
+    clock.set(BASE + 80 * MINUTE)
+    job.materialize(CASE, tables=tables, settings=settings, clock=clock)
+    rows = history().sort_by("_known_at")
+    oldest, newest = (rows.column(EVENT_ID)[i].as_py().encode() for i in (0, rows.num_rows - 1))
+    log = DurableLog(log_path(settings, CASE), remember_us=3_600_000_000)
+    with log.transaction(clock.now()) as txn:
+        taken = txn.append("events", [Record(newest, b"x"), Record(oldest, b"y"), Record(b"new", b"z")])
+    assert taken == [None, 1, 2]  # the oldest is past what is remembered
+    log.close()
+
+
+def test_state_read_at_a_request_time_equals_the_trained_row(tables: Tables, home: Path) -> None:
+    examples = build_examples(CASE, history())
+    now = max(examples.column("_time").cast(pa.int64()).to_pylist())
+    wanted = examples.filter(pa.compute.equal(examples.column("_time").cast(pa.int64()), now))
+    visible = history().filter(pa.compute.less_equal(history().column("_known_at").cast(pa.int64()), now))
+    log = DurableLog(home / "log", remember_us=1_000_000)
+    state = OnlineState(home / "state", CASE)
+    state.materialize(visible, 0, log)
+    read = state.bind().read(wanted.column("meter").to_pylist(), now)
+    trained = np.column_stack([wanted.column(name).to_numpy() for name in VIEW.stored])
+    assert same_bits(read.values, trained)
+    assert read.status.tolist() == wanted.column("_status").to_pylist()
+    state.close()
+    log.close()
+
+
+def test_the_job_prints_its_report_as_the_last_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TIDEGATE_HOME", str(home))
+    monkeypatch.setattr(job.usecases, "names", lambda: ["meter"])
+    monkeypatch.setattr(job.usecases, "load", lambda _: CASE)
+    made = Tables(Settings(home=home).tables_url)
+    made.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
+    made.append(events_table(CASE), history(2, 5), "load/1")
+    assert job.main(["meter", "--engine", "arrow", "--materialize"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["rows"] == 8
+    assert report["state"]["entities"] == 2

@@ -1,0 +1,174 @@
+"""Invariant 3: what was served is what the events known then make again; a tampered value is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+
+from cluster.log import DurableLog
+from cluster.tables import Tables
+from pipelines.contracts.enforce import events_table
+from pipelines.contracts.events import BUCKET, decode_events, events_schema
+from pipelines.features import derived
+from pipelines.features.online import OnlineState
+from pipelines.features.served import SERVED_SCHEMA
+from pipelines.features.skew import audit
+from pipelines.spec import Calendar, Derived, UseCase
+from tests.data.worlds import BASE, CONTRACT, VIEW
+from tests.pipeline.test_online_state import MINUTE, bulk, record, use_case, write
+
+
+def scaled(flow_mean_1m, level, hour):
+    return flow_mean_1m / level + hour
+
+
+def audited_case() -> UseCase:
+    view = VIEW.model_copy(
+        update={
+            "inputs": ("level",),
+            "calendar": Calendar(zone="Europe/Rome", parts=("hour",)),
+            "derived": (Derived(name="scaled", function=scaled),),
+        }
+    )
+    case = use_case(view)
+    return case.model_copy(
+        update={"model": case.model.model_copy(update={"numeric": ("scaled", "flow_std_1m", "hour")})}
+    )
+
+
+CASE = audited_case()
+
+
+@dataclass
+class Plant:
+    """A use case in operation: bulk history, events over the log, answers logged as the gateway logs them."""
+
+    tables: Tables
+    log: DurableLog
+    state: OnlineState
+    served: list[dict[str, object]]
+
+    def serve(self, meters: list[str], now: int) -> None:
+        read = self.state.bind().read(meters, now)
+        level = [0.5, None, 0.0][len(self.served) % 3]
+        inputs = {"level": [level] * len(meters)}
+        times = np.full(len(meters), now, np.int64)
+        columns = derived.columns(CASE.view, read.values, inputs, times)
+        for i, meter in enumerate(meters):
+            told = {
+                "prediction_id": f"p{len(self.served)}",
+                "_time": now,
+                "entity": meter,
+                "inputs": orjson.dumps({"level": level}).decode(),
+                "stored": read.values[i].tolist(),
+                "status": read.status[i].tolist(),
+                "numeric": [float(columns[name][i]) for name in CASE.model.numeric],
+                "sequence": read.sequence,
+                "generation": read.generation,
+                "view": self.state.plan.fingerprint,
+            }
+            self.served.append(orjson.loads(orjson.dumps(told)))  # NaN and infinity become null on the way
+
+    def drain(self, marker: int, without: int = 0) -> None:
+        records = self.log.read("events", 0)
+        after = self.tables.marker(events_table(CASE), "drain") or 0
+        records = [r for r in records if after < r.sequence <= marker and r.sequence != without]
+        rows = decode_events(
+            CONTRACT,
+            [r.value for r in records],
+            [r.known_at_us for r in records],
+            [r.sequence for r in records],
+            load_id="drain",
+            buckets=4,
+        )
+        self.tables.append(events_table(CASE), rows, "drain", marker)
+
+    def predictions(self) -> pa.Table:
+        rows = [{**dict.fromkeys(SERVED_SCHEMA.names), **row} for row in self.served]
+        return pa.Table.from_pylist(rows, schema=SERVED_SCHEMA)
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Iterator[Plant]:
+    """Forty steps with late events between the answers, and a rebuild of state halfway."""
+    tables = Tables((tmp_path / "tables").as_uri())
+    tables.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
+    history = [record(m, BASE + i * MINUTE // 3, i / 7, 1.0) for i in range(60) for m in ("a", "b")]
+    tables.append(events_table(CASE), bulk(history), "load/1")
+    log = DurableLog(tmp_path / "log", remember_us=3_600_000_000)
+    state = OnlineState(tmp_path / "state", CASE)
+    made = Plant(tables, log, state, [])
+    state.materialize(tables.read(events_table(CASE)), tables.version(events_table(CASE)), log)
+    rng = np.random.default_rng(1)
+    now = BASE + 21 * MINUTE
+    for step in range(40):
+        now += int(rng.integers(1, 40_000_000))
+        late = int(rng.choice([0, 0, 5_000_000, 80_000_000, 120_000_000]))
+        told = [record(m, now - late, float(rng.normal()), float(rng.normal())) for m in ("a", "b")]
+        write(log, told, now)
+        state.project(log)
+        made.serve(["a", "b", "unknown"], now)
+        if step == 19:
+            made.drain(log.last("events"))
+            version = tables.version(events_table(CASE))
+            state.materialize(tables.read(events_table(CASE)), version, log)
+    yield made
+    state.close()
+    log.close()
+
+
+def test_every_served_value_is_recomputed_to_the_last_bit(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"))
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert (report.checked, report.mismatched, report.pending, report.foreign) == (120, 0, 0, 0)
+    assert {row["generation"] for row in plant.served} == {1, 2}
+
+
+def test_one_changed_bit_is_found_and_named(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"))
+    mean = VIEW.stored.index("flow_mean_5m")
+    victim = plant.served[90]
+    stored = list(victim["stored"])  # type: ignore[call-overload]
+    stored[mean] = float(np.nextafter(stored[mean], 1e9))
+    victim["stored"] = stored
+    plant.served[30]["numeric"] = [1.0, *plant.served[30]["numeric"][1:]]  # type: ignore[index]
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert report.mismatched == 2
+    assert report.by_feature == {"flow_mean_5m": 1, "scaled": 1}
+    found = {example.feature: example.prediction_id for example in report.examples}
+    assert found == {"flow_mean_5m": "p90", "scaled": "p30"}
+
+
+def test_a_value_that_should_be_missing_is_a_mismatch(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"))
+    unknown = plant.served[2]
+    assert unknown["entity"] == "unknown"
+    stored = list(unknown["stored"])  # type: ignore[call-overload]
+    stored[VIEW.stored.index("flow_mean_1m")] = 0.0
+    unknown["stored"] = stored
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert report.by_feature == {"flow_mean_1m": 1}
+
+
+def test_an_event_that_the_table_lost_shows_as_skew(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"), without=55)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert report.mismatched > 0
+
+
+def test_answers_whose_events_are_not_in_the_table_yet_wait(plant: Plant) -> None:
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert (report.checked, report.pending) == (60, 60)
+
+
+def test_answers_of_another_view_are_not_judged_by_this_one(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"))
+    plant.served[0]["view"] = "0123456789abcdef"
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert (report.checked, report.foreign) == (119, 1)
