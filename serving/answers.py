@@ -41,6 +41,7 @@ class Predictor:
         self._model = compile_model(contract, (contract.entity, *view.inputs), f"{use_case.name}_instance")
         self._numbers = [n for n in view.inputs if contract.field(n).type is not FieldType.STRING]
         self._strings = {contract.entity, *use_case.model.categorical}
+        self._stored = view.stored
         self._fingerprint = view_fingerprint(view, contract)
 
     def parse(self, document: Any) -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ class Predictor:
             identity = f"{prefix}{i:04x}"
             flagged = {
                 name: Status(status).name
-                for name, status in zip(use_case.view.stored, read.status[i].tolist(), strict=True)
+                for name, status in zip(self._stored, read.status[i].tolist(), strict=True)
                 if status != Status.FRESH
             }
             degraded = []
@@ -160,7 +161,7 @@ class Predictor:
                     "age_seconds": age if np.isfinite(age) else None,
                 }
                 for name, value, status, age in zip(
-                    self._use_case.view.stored,
+                    self._stored,
                     read.values[0].tolist(),
                     read.status[0].tolist(),
                     read.age_s[0].tolist(),

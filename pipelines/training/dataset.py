@@ -60,9 +60,7 @@ class Parts:
     left_out: int
 
 
-def load_examples(
-    use_case: UseCase, tables: Tables, *, training_version: int, events_version: int, view: str
-) -> Frame:
+def load_examples(use_case: UseCase, tables: Tables, *, training_version: int, events_version: int, view: str) -> Frame:
     """The examples of (``view``, ``events_version``) in version ``training_version`` of the training table.
 
     Raises ``ValueError`` when ``view`` is not the fingerprint of the use case's present view (columns could
@@ -74,7 +72,7 @@ def load_examples(
             f"use case {use_case.name!r}: the snapshot holds features of view {view}, "
             f"this code computes {present}; run its backfill, or train with the code that made it"
         )
-    table = training_rows(use_case, tables, tables.version("aqua/events"), table_version=training_version)
+    table = training_rows(use_case, tables, events_version, table_version=training_version)
     if not table.num_rows:
         raise ValueError(
             f"use case {use_case.name!r}: version {training_version} of its training table has no rows "

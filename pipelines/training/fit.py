@@ -29,7 +29,7 @@ from pipelines.training.artifact import encode_categories, places_of
 from pipelines.training.dataset import Frame, load_examples, split
 from pipelines.training.networks import Network, Shape, fit_preprocessing, residual_target
 
-STATE, PAGE = "state.pkl", "fit.json"
+STATE, PAGE = "state.safetensors", "fit.json"
 _UNKNOWN_SHARE = 0.01  # of codes hidden while training, so that the unknown category means something
 _WARM_UP = 0.1  # share of the steps
 
@@ -134,9 +134,7 @@ def fit_local(
             f"{model.anchor!r} and scale {model.scale!r}"
         )
     network = new_network(model, vocabularies, rows)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=model.learning_rate, weight_decay=model.weight_decay
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=model.learning_rate, weight_decay=model.weight_decay)
     data = _Tensors(rows, network)
     held_out = _Tensors(checks, network)
     steps = math.ceil(len(rows.residual) / model.batch_size)
@@ -283,7 +281,7 @@ def _worker(config: dict[str, Any]) -> None:
             resume_from=resume_from, report=report, threads=config["threads"],
         )  # fmt: skip
 
-    kept = ray.train.get_checkpoint()
+    kept = None
     if kept is None:
         run(None)
     else:
@@ -333,11 +331,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, peak: float, share: float) -> No
     """``share`` of all steps is done with this one; a pure function of it, so that resuming needs no
     scheduler.
     """
-    rate = (
-        share / _WARM_UP
-        if share < _WARM_UP
-        else 0.5 * (1 + math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP)))
-    )
+    rate = share / _WARM_UP if share < _WARM_UP else 0.5 * (1 + math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP)))
     for group in optimizer.param_groups:
         group["lr"] = peak * rate
 
@@ -357,9 +351,7 @@ def _keep(
     (folder / PAGE).write_text(json.dumps(page))
 
 
-def _restore(
-    folder: Path, network: Network, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict[str, float]]]:
+def _restore(folder: Path, network: Network, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, float]]]:
     tensors, page = load_file(folder / STATE), json.loads((folder / PAGE).read_text())
     network.load_state_dict(_prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}

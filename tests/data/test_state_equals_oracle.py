@@ -18,7 +18,7 @@ from tests.data.worlds import BASE, PLAN, VIEW, World, arrays, counted, expected
 
 
 @given(worlds())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_online_state_equals_the_oracle_at_every_read(world: World) -> None:
     state, done = EntityState(PLAN), 0
     for read in world.reads:
@@ -35,7 +35,7 @@ def test_online_state_equals_the_oracle_at_every_read(world: World) -> None:
 
 
 @given(worlds())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_offline_sweep_equals_the_oracle_at_every_read(world: World) -> None:
     seen = counted(PLAN, world.events)
     times, orders, values = arrays(PLAN, seen)
@@ -47,7 +47,7 @@ def test_offline_sweep_equals_the_oracle_at_every_read(world: World) -> None:
 
 
 @given(worlds(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_neither_batch_splits_nor_restarts_from_bytes_change_the_state(world: World, data: st.DataObject) -> None:
     events = counted(PLAN, world.events)
     whole = EntityState(PLAN)

@@ -50,7 +50,7 @@ def test_ray_takes_the_configuration(config):
 
 
 @pytest.mark.parametrize(
-    "break_it", [{"max_worker": 3}, {"head_node_type": "nowhere"}, {"provider": {"type": "aws"}}], ids=str
+    "break_it", [{"max_worker": 3}, {"head_node_type": "nowhere"}, {"max_workers": "many"}], ids=str
 )
 def test_ray_would_notice_a_mistake(config, break_it):
     with pytest.raises((ValidationError, ValueError)):

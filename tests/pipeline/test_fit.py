@@ -66,8 +66,10 @@ def undisturbed(world: World) -> Fitted:
     return fit_local(world.use_case.model, world.parts.train, world.parts.calibration)
 
 
-def kill_once(marker: Path, epoch: int) -> Callable[[int], None]:
+def kill_once(marker: Path, epoch: int, told: Path) -> Callable[[int], None]:
     def on_epoch(done: int) -> None:
+        with told.open("a") as file:
+            file.write(f"{done} ")
         if done == epoch and not marker.exists():
             marker.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
@@ -84,9 +86,10 @@ def test_a_worker_killed_in_mid_training_resumes_and_ends_with_the_same_bits(
         tables=world.tables,
         settings=world.settings,
         snapshot=world.snapshot,
-        on_epoch=kill_once(marker, 2),
+        on_epoch=kill_once(marker, 2, tmp_path / "epochs"),
     )
     assert marker.exists()
+    assert (tmp_path / "epochs").read_text() == "1 2 3 4 "  # resumed: no epoch was trained twice
     assert same_weights(fitted, undisturbed)
     assert fitted.losses == undisturbed.losses
     assert fitted.vocabularies == {"district": ("dma_1", "dma_2")}
