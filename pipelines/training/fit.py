@@ -189,9 +189,9 @@ def fit(
     """``fit_local`` in a Ray Train worker with one CPU, which reads the snapshot itself; Ray must be
     connected.
 
-    The same ``run_name`` resumes an interrupted run from its last checkpoint; by default every call is a new
-    run. A worker that dies is started again, twice at most. ``on_epoch`` runs in the worker after each epoch
-    was kept.
+    The same ``run_name`` resumes an interrupted run from the last checkpoint that Ray's controller took up
+    (it looks every two seconds); by default every call is a new run. A worker that dies is started again,
+    twice at most. ``on_epoch`` runs in the worker after each epoch was kept.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -281,7 +281,7 @@ def _worker(config: dict[str, Any]) -> None:
             resume_from=resume_from, report=report, threads=config["threads"],
         )  # fmt: skip
 
-    kept = None
+    kept = ray.train.get_checkpoint()
     if kept is None:
         run(None)
     else:

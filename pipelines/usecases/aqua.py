@@ -153,6 +153,8 @@ USE_CASE = UseCase(
         anchor="last_week",
         scale="inflow_mean_7d",
         split=Split(calibration=timedelta(weeks=6), test=timedelta(weeks=8)),
+        hidden=(64, 64),
+        learning_rate=1e-2,
     ),
-    gates=(Gate(name="beats_last_week", metric="mae", baseline="last_week", max_ratio=1.0),),
+    gates=(Gate(name="beats_last_week", metric="mae", baseline="last_week", max_ratio=0.95),),
 )  # fmt: skip

@@ -131,6 +131,8 @@ USE_CASE = UseCase(
         categorical=("area", "home_type"),
         anchor="anchor_value",
         split=Split(calibration=90 * DAY, test=120 * DAY),
+        hidden=(64, 64),
+        learning_rate=5e-3,
         epochs=20,
         batch_size=256,
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray.train
 import torch
 
 from cluster.settings import Settings
@@ -71,6 +72,9 @@ def kill_once(marker: Path, epoch: int, told: Path) -> Callable[[int], None]:
         with told.open("a") as file:
             file.write(f"{done} ")
         if done == epoch and not marker.exists():
+            # Ray's controller takes up reports every two seconds; a checkpoint not yet taken up is lost with
+            # its worker. This waits until it has been, so that the resumption is what is tested.
+            assert len(ray.train.get_all_reported_checkpoints()) == epoch
             marker.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
 
