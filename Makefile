@@ -43,10 +43,7 @@ test: install-test deps lint
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: install-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/mypy
+	$(BIN)/pre-commit run --all-files
 
 format: install-test
 	$(BIN)/ruff check --fix .

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 PREFIX = "TIDEGATE_"
 # Variables of that prefix that other parts read for themselves.
-_ALLOWED = frozenset({"TIDEGATE_SESSION"})
+_ALLOWED = frozenset({"TIDEGATE_SESSION", "TIDEGATE_URL", "TIDEGATE_API_KEY"})
 # Characters that mean something else in a database URL or a file URI.
 _UNSAFE = frozenset("?#%")
 
@@ -114,9 +114,9 @@ class Settings(BaseModel):
         return self.home / "clock"
 
     @property
-    def api_keys_file(self) -> Path:
-        """Where generated API keys are kept."""
-        return self.home / "api-keys.json"
+    def api_key_file(self) -> Path:
+        """Where the generated API key is kept."""
+        return self.home / "api-key"
 
     @property
     def cache_dir(self) -> Path:

@@ -86,7 +86,7 @@ class KeyRing:
 
 def owner_key(settings: Settings) -> str:
     """The generated key; made on first use, 256 bits, readable by the owner alone."""
-    path = Path(settings.api_keys_file)
+    path = Path(settings.api_key_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written whole under another name first: a reader never sees half a key, and the first writer wins.
     fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")

@@ -63,7 +63,7 @@ def _up(_: argparse.Namespace) -> int:
     session.disconnect()
     if settings.api_keys is None:
         owner_key(settings)
-        print(f"API key: {settings.api_keys_file}")
+        print(f"API key: {settings.api_key_file}")
     print(f"up: HTTP {running.http}, jobs {running.dashboard}")
     print("for `ray job submit`: " + " ".join(f"{k}={v}" for k, v in session.job_environment(settings).items()))
     return 0

@@ -15,6 +15,7 @@ import orjson
 from deltalake.exceptions import DeltaError
 from sqlalchemy.exc import OperationalError
 
+from cluster.alerts import Alerts
 from cluster.clock import Clock
 from cluster.database import Database
 from cluster.log import DurableLog, GroupCommit, LogFull, Record
@@ -27,6 +28,7 @@ from pipelines.spec import UseCase
 from serving.problems import Problem
 
 SOURCE = "http"
+ALERT = "drain_failing"
 
 
 class EventIntake:
@@ -72,9 +74,9 @@ class EventIntake:
                 waiting.append(self._commit.submit(QUARANTINE, refused))
             if accepted:
                 waiting.append(self._commit.submit(EVENTS, accepted))
+            done = await asyncio.gather(*map(asyncio.wrap_future, waiting))
         except LogFull as error:
             raise Problem(429, "The event log is full", str(error), retry_after_s=1) from error
-        done = await asyncio.gather(*map(asyncio.wrap_future, waiting))
         for place, sequence in zip(places, done[-1] if accepted else (), strict=True):
             results[place]["duplicate" if sequence is None else "sequence"] = sequence is None or sequence
         return results
@@ -82,10 +84,9 @@ class EventIntake:
     async def outcomes(self, values: Sequence[bytes]) -> None:
         """Logs outcomes; returns when they are durable. Raises ``Problem`` 429 when the log cannot take more."""
         try:
-            done = self._commit.submit(OUTCOMES, [Record(None, value) for value in values])
+            await asyncio.wrap_future(self._commit.submit(OUTCOMES, [Record(None, value) for value in values]))
         except LogFull as error:
             raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
-        await asyncio.wrap_future(done)
 
     def predictions(self, values: Sequence[bytes]) -> None:
         """Logs predictions, for which nobody waits; a crash may lose those of the last moment.
@@ -129,26 +130,37 @@ class Drain:
         tables: Tables,
         database: Database,
         settings: Settings,
+        alerts: Alerts,
         holder: str,
     ) -> None:
+        self.failure: BaseException | None = None
+
         def turn() -> None:
             drain_once(use_case, log, tables, database, settings, holder, stop_at={EVENTS: project()})
+            if self.failure is not None:
+                alerts.resolve(ALERT, use_case.name, "the log reaches its tables again")
+                self.failure = None
 
-        self._turn = turn
+        def failed(error: OSError | DeltaError) -> None:
+            self.failure = error
+            alerts.open(ALERT, use_case.name, f"the log does not reach its tables: {error}")
+
+        self._turn, self._failed = turn, failed
         self._period = settings.drain_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="drain", daemon=True)
-        self.failure: BaseException | None = None
         self._thread.start()
 
     def _loop(self) -> None:
         while not self._stop.wait(self._period):
+            # Nothing is lost while this fails: the records stay in the log, and the next turn tries again.
             try:
-                self._turn()
-                self.failure = None
-            except (OSError, DeltaError, OperationalError) as error:
-                # Nothing is lost: the records stay in the log, readiness reports it, and the next turn tries again.
-                self.failure = error
+                try:
+                    self._turn()
+                except (OSError, DeltaError) as error:
+                    self._failed(error)
+            except OperationalError as error:
+                self.failure = error  # without the database there is no place for an alert; readiness tells
             except BaseException as error:
                 self.failure = error
                 raise

@@ -14,7 +14,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import orjson
+from sqlalchemy.exc import OperationalError
 
+from cluster.alerts import Alerts
 from cluster.clock import open_clock
 from cluster.database import Database
 from cluster.log import DurableLog
@@ -50,13 +52,23 @@ class Gateway:
         self.keys = KeyRing.open(settings)
         self.tables = Tables(settings.tables_url, settings.storage_options)
         self.database = Database(settings.database_url)
+        self.alerts = Alerts(self.database, self.clock)
         self.log = DurableLog(log_path(settings, self.use_case), remember_us=settings.remember_seconds * 1_000_000)
         self.state = OnlineState(state_path(settings, self.use_case), self.use_case)
         self._project()  # what an earlier process logged and did not live to apply
         self.intake = EventIntake(self.use_case, self.log, self.clock, self._project)
         self.predictor = Predictor(self.use_case, self.state.bind())
         self.holder = f"{socket.gethostname()}:{os.getpid()}"
-        self.drain = Drain(self.use_case, self.log, self._project, self.tables, self.database, settings, self.holder)
+        self.drain = Drain(
+            self.use_case,
+            self.log,
+            self._project,
+            self.tables,
+            self.database,
+            settings,
+            self.alerts,
+            self.holder,
+        )
         table = routing.read(self.database, usecase)
         if table is None:
             raise RuntimeError(f"{usecase!r} has no champion: release a version before its gateway starts")
@@ -65,7 +77,8 @@ class Gateway:
         self.predictor.warm(self.champion, self.clock.now())
         self.routing_failure: str | None = None
         self._stop = threading.Event()
-        threading.Thread(target=self._follow_routing, name="routing", daemon=True).start()
+        self._routing = threading.Thread(target=self._follow_routing, name="routing", daemon=True)
+        self._routing.start()
         from serving.api import build_api  # it imports the request models, which a worker without HTTP never needs
 
         self.api = build_api(self)
@@ -132,6 +145,8 @@ class Gateway:
         """Raises when a background part of this replica has ended, so that Serve replaces it."""
         if not self.drain.alive():
             raise RuntimeError(f"the drain of {self.use_case.name!r} ended: {self.drain.failure!r}")
+        if not self._routing.is_alive():
+            raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer follows its routing table")
 
     def close(self) -> None:
         """Flushes the log and lets go of the stores."""
@@ -151,13 +166,14 @@ class Gateway:
 
     def _follow_routing(self) -> None:
         while not self._stop.wait(_ROUTING_POLL_S):
-            table = routing.read(self.database, self.use_case.name)
-            if table is None or table.epoch <= self.table.epoch:
-                continue
             try:
+                table = routing.read(self.database, self.use_case.name)
+                if table is None or table.epoch <= self.table.epoch:
+                    self.routing_failure = None
+                    continue
                 if table.champion != self.champion.version:
                     self.champion = load_version(self.use_case, table.champion, self.settings)
-            except VersionRefused as error:
+            except (VersionRefused, OperationalError) as error:
                 self.routing_failure = str(error)  # the last table goes on answering; readiness reports why
                 continue
             self.table, self.routing_failure = table, None

@@ -34,8 +34,8 @@ class Field(Spec):
     name: str = PydanticField(pattern=_NAME)
     type: FieldType
     nullable: bool = False
-    minimum: float | None = PydanticField(default=None, allow_inf_nan=False)
-    maximum: float | None = PydanticField(default=None, allow_inf_nan=False)
+    minimum: float | None = None
+    maximum: float | None = None
     pattern: str | None = None
     allowed: tuple[str, ...] | None = None
     unit: str | None = None

@@ -79,7 +79,7 @@ def test_everything_lies_below_home_unless_said_otherwise(tmp_path):
     assert made.mlflow_url == f"sqlite:///{tmp_path}/mlflow.db"
     assert made.mlflow_artifacts == (tmp_path / "mlflow-artifacts").as_uri()
     assert made.state_dir == tmp_path / "state"
-    for path in (made.clock_file, made.api_keys_file, made.cache_dir):
+    for path in (made.clock_file, made.api_key_file, made.cache_dir):
         assert path.parent == tmp_path
 
 

@@ -55,7 +55,7 @@ def test_configured_keys_replace_the_generated_one(home):
     keys = json.dumps([{"name": "reader", "key": KEY, "scopes": ["read"]}])
     settings = Settings(home=home, api_keys=keys)
     assert KeyRing.open(settings).require(f"Bearer {KEY}".encode(), Scope.READ).name == "reader"
-    assert not settings.api_keys_file.exists()
+    assert not settings.api_key_file.exists()
 
 
 @pytest.mark.parametrize(
@@ -82,5 +82,5 @@ def test_processes_that_start_at_once_agree_on_one_generated_key(home):
     for process in started:
         process.join()
     assert len(made) == 1
-    assert Settings(home=home).api_keys_file.stat().st_mode & 0o077 == 0
+    assert Settings(home=home).api_key_file.stat().st_mode & 0o077 == 0
     assert KeyRing.open(Settings(home=home)).require(f"Bearer {made.pop()}".encode(), Scope.RELEASE)
