@@ -80,6 +80,8 @@ def _node_environment(settings: Settings, session: Session) -> dict[str, str]:
         **settings.environment(),
         **driver_environment(settings),
         _MARKER: session.marker,
+        # A job's `python` is the interpreter that started the cluster, whether or not its environment is activated.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "NUMBA_CACHE_DIR": str(settings.cache_dir / "numba"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(session.metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(session.stats_port),
@@ -126,6 +128,8 @@ def up(settings: Settings, *, say: Callable[[str], None] = _silent) -> Session:
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--include-dashboard=true", f"--temp-dir={temp_dir}", "--include-log-monitor=false",
+        # Ray's fixed defaults for these collide with any other cluster of the machine, and then jobs find no agent.
+        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
         f"--num-cpus={settings.num_cpus or os.cpu_count() or 1}",
     ]  # fmt: skip
     log = settings.home / "ray-start.log"

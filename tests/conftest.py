@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from cluster import session
 from cluster.settings import Settings
 
 _HOME = Path(tempfile.mkdtemp(prefix="tidegate-tests-"))
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 CLUSTER = Settings(home=_HOME, clock="replay", http_port=session.free_port(), num_cpus=2, buckets=4, drain_seconds=0.5)
 # Ray and Serve read these when a test module imports them, before any fixture runs.
 os.environ.update(session.driver_environment(CLUSTER))
@@ -25,7 +27,6 @@ def cluster() -> Iterator[Settings]:
     """The settings of a running cluster, to which this process is connected."""
     with session.running(CLUSTER):
         yield CLUSTER
-    shutil.rmtree(_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

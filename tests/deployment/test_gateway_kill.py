@@ -35,7 +35,7 @@ def _batch(writer: int, number: int, start: datetime) -> list[dict[str, object]]
         {
             "district": f"dma_{100 + writer}",
             "time": (start + timedelta(seconds=number * BATCH + i)).isoformat(),
-            "inflow": float(number * BATCH + i),
+            "inflow": float((number * BATCH + i) % 97),
             "temperature": 10.0,
             "rain": 0.0,
             "humidity": None,

@@ -33,6 +33,7 @@ def use_case(**changes: object) -> UseCase:
         update={
             "hidden": (16, 8),
             "epochs": 4,
+            "learning_rate": 2e-3,
             "batch_size": 256,
             "split": Split(calibration=timedelta(weeks=3), test=timedelta(weeks=6)),
             **changes,
