@@ -73,6 +73,7 @@ class DurableLog:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.map_bytes = map_bytes
+        self.remember_us = remember_us
         databases = 2 + Identities.DATABASES
         self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=databases, max_readers=1024)
         self._env.reader_check()  # slots of processes that were killed while reading

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_STARTED = 19  # place of the start time after the command's name in /proc/PID/stat, see proc(5)
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, see include/net/tcp_states.h of Linux
 
 
@@ -61,6 +62,28 @@ def session_pids(marker: str) -> list[int]:
         for pid in pids()
         if pid != os.getpid() and wanted in _read(_PROC / str(pid) / "environ").split(b"\0") and not _is_zombie(pid)
     ]
+
+
+def descendants(roots: Iterable[int]) -> dict[int, bytes]:
+    """The processes that ``roots`` started, directly or not: pid and start time, which together never recur."""
+    children: dict[int, list[int]] = {}
+    for pid in pids():
+        stat = _stat(pid)
+        if stat:
+            children.setdefault(int(stat[1]), []).append(pid)
+    found: dict[int, bytes] = {}
+    waiting = list(roots)
+    while waiting:
+        for pid in children.get(waiting.pop(), []):
+            if pid not in found and pid != os.getpid() and (stat := _stat(pid)):
+                found[pid] = stat[_STARTED]
+                waiting.append(pid)
+    return found
+
+
+def still_alive(known: dict[int, bytes]) -> list[int]:
+    """Those of ``descendants`` that still run: the same process, not another with its number."""
+    return [pid for pid, started in known.items() if not _is_zombie(pid) and _stat(pid)[_STARTED:][:1] == [started]]
 
 
 def end(find: Callable[[], Iterable[int]], *, grace_s: float = 5.0) -> list[int]:

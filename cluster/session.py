@@ -170,8 +170,12 @@ def down(settings: Settings) -> bool:
     if session is None:
         return False
 
+    # Some of Ray's agents overwrite their environment with a new title, so descendants are looked for as well.
+    family = processes.descendants(processes.session_pids(session.environment_marker))
+
     def ours() -> list[int]:
-        return processes.session_pids(session.environment_marker)
+        marked = processes.session_pids(session.environment_marker)
+        return [*marked, *(pid for pid in processes.still_alive(family) if pid not in marked)]
 
     # Ray's servers take many seconds over a SIGTERM, and nothing acknowledged depends on it: a short grace. The head's
     # own process comes last, because it reaps the others and then ends by itself.

@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -17,14 +18,16 @@ import pyarrow.compute as pc
 
 from cluster import session
 from cluster.clock import Clock, open_clock
-from cluster.log import DurableLog
+from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT
+from pipelines.contracts.leases import events_lease
+from pipelines.drain import EVENTS
 from pipelines.features.offline import backfill
-from pipelines.features.online import OnlineState, log_path, state_path
+from pipelines.features.online import OnlineState, open_log, state_path
 from pipelines.spec import UseCase
 
 _REMEMBERED_AT_ONCE = 10_000  # a transaction holds the node's only writer lock: keep it short
@@ -42,34 +45,34 @@ class Materialized:
 
 
 def materialize(
-    use_case: UseCase, *, tables: Tables, settings: Settings, clock: Clock, events_version: int | None = None
+    use_case: UseCase, *, tables: Tables, database: Database, settings: Settings, clock: Clock
 ) -> Materialized:
-    """Rebuilds this node's online state from one version of the events table and the ingest log after it.
+    """Rebuilds this node's online state from the newest events table and the ingest log after it.
 
-    No other ``OnlineState`` or ``DurableLog`` of the use case may be open in this process; other processes go
-    on reading the old state until the new one is whole. One bucket at a time is held in memory.
+    No load and no drain commits meanwhile. No other ``OnlineState`` or ``DurableLog`` of the use case may be open in
+    this process; other processes go on reading the old state until the new one is whole. One bucket at a time is held
+    in memory. First the log learns the ids of all rows that could still reach state, so an event that came with a
+    load is not taken again over HTTP.
     """
     source = events_table(use_case)
-    version = tables.version(source) if events_version is None else events_version
-    held = tables.read(source, version=version, columns=[BUCKET]).column(BUCKET).unique().to_pylist()
-
-    recent = pa.scalar(clock.now() - settings.remember_seconds * 1_000_000, pa.int64()).cast(INSTANT)
-    known: list[bytes] = []
-
-    def parts() -> Iterator[pa.Table]:
-        for bucket in sorted(held):
-            rows = tables.read(source, version=version, partition={BUCKET: [bucket]})
-            fresh = rows.filter(pc.greater_equal(rows.column(KNOWN_AT), recent))
-            known.extend(identity.encode() for identity in fresh.column(EVENT_ID).to_pylist())
-            yield rows
-
-    log = DurableLog(log_path(settings, use_case), remember_us=settings.remember_seconds * 1_000_000)
+    log = open_log(settings, use_case)
     state = OnlineState(state_path(settings, use_case), use_case)
     try:
-        generation = state.materialize(parts(), version, log)
-        for start in range(0, len(known), _REMEMBERED_AT_ONCE):
-            with log.transaction(clock.now()) as transaction:
-                transaction.remember("events", known[start : start + _REMEMBERED_AT_ONCE])
+        with events_lease(database, use_case, f"materialize/{uuid.uuid4().hex}") as still_held:
+            version = tables.version(source)
+            drained = tables.marker(source, f"drain/{EVENTS}") or 0
+            held = sorted(tables.read(source, version=version, columns=[BUCKET]).column(BUCKET).unique().to_pylist())
+            oldest = pa.scalar(clock.now() - log.remember_us, pa.int64()).cast(INSTANT)
+            for bucket in held:
+                rows = tables.read(source, version=version, columns=[EVENT_ID, KNOWN_AT], partition={BUCKET: [bucket]})
+                recent = rows.filter(pc.greater_equal(rows.column(KNOWN_AT), oldest)).column(EVENT_ID).to_pylist()
+                for start in range(0, len(recent), _REMEMBERED_AT_ONCE):
+                    known = [identity.encode() for identity in recent[start : start + _REMEMBERED_AT_ONCE]]
+                    with log.transaction(clock.now()) as transaction:
+                        transaction.remember(EVENTS, known)
+            still_held()
+            parts = (tables.read(source, version=version, partition={BUCKET: [bucket]}) for bucket in held)
+            generation = state.materialize(parts, version, log, EVENTS, drained)
         return Materialized(generation, version, state.applied(), state.entities(), clock.now())
     finally:
         state.close()
@@ -101,12 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     report: dict[str, object] = asdict(result)
     if options.materialize:
+        database = Database(settings.database_url)
+        database.create()
         state = materialize(
             use_case,
             tables=tables,
+            database=database,
             settings=settings,
             clock=open_clock(settings),
-            events_version=result.events_version,
         )
         report["state"] = asdict(state)
     sys.stdout.write(json.dumps(report) + "\n")

@@ -5,7 +5,7 @@ The table's marker says through which sequence a stream is committed; the log is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ class Drained:
         return sum(self.rows.values())
 
 
+def _nothing() -> None:
+    """The check of a caller that needs none."""
+
+
 def drain(
     use_case: UseCase,
     log: DurableLog,
@@ -48,6 +52,7 @@ def drain(
     settings: Settings,
     *,
     stop_at: Mapping[str, int] | None = None,
+    before_commit: Callable[[], None] = _nothing,
 ) -> Drained:
     """Moves what every stream holds to its table, then trims the log.
 
@@ -55,8 +60,9 @@ def drain(
     the log.
 
     At most ``settings.drain_rows`` records go into one commit. An event whose id the table already has from a
-    bulk load goes to the quarantine with ``key.duplicate``. The caller holds the lease: see ``drain_once``.
-    Raises ``ValueError`` for a record that is not of its stream's form; nothing after it is drained.
+    bulk load goes to the quarantine with ``key.duplicate``. The caller holds the lease: see ``drain_once``;
+    ``before_commit`` may raise to stop it. Raises ``ValueError`` for a record that is not of its stream's form;
+    nothing after it is drained.
     """
     names = {
         EVENTS: enforce.events_table(use_case),
@@ -91,6 +97,7 @@ def drain(
                 table = table.filter(pa.array(keep))
             else:
                 table = _decode(schemas[stream], stream, records)
+            before_commit()
             versions[stream] = tables.append(name, table, f"drain/{stream}", last).version
             rows[stream] += table.num_rows
             if stream == EVENTS:
@@ -113,10 +120,8 @@ def drain_once(
     """``drain`` under the lease of the use case; None, and nothing done, while another holds it."""
     if not leases.try_events(database, use_case, holder):
         return None
-    try:
-        return drain(use_case, log, tables, settings, stop_at=stop_at)
-    finally:
-        leases.release_events(database, use_case, holder)
+    with leases.events_lease(database, use_case, holder) as still_held:
+        return drain(use_case, log, tables, settings, stop_at=stop_at, before_commit=still_held)
 
 
 def _event_rows(use_case: UseCase, settings: Settings, records: Sequence[LogRecord]) -> pa.Table:

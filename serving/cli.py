@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", help="start a one-machine cluster with Serve")
     commands.add_parser("down", help="end it, with every process it started")
-    commands.add_parser("status", help="what runs, what answers, where the logs stand")
+    commands.add_parser("status", help="what runs and what answers")
     deploy = commands.add_parser("deploy", help="let a use case's released version answer over HTTP")
     deploy.add_argument("usecase")
     demo = commands.add_parser("demo", help="the main job on real data, on a cluster of its own")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -23,6 +23,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts.events import LOAD_ID, encode_event, event_id
 from pipelines.contracts.requests import check_record, compile_model
+from pipelines.contracts.rules import as_json
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE, drain_once
 from pipelines.spec import UseCase
 from serving.problems import Problem
@@ -81,10 +82,14 @@ class EventIntake:
             results[place]["duplicate" if sequence is None else "sequence"] = sequence is None or sequence
         return results
 
-    async def outcomes(self, values: Sequence[bytes]) -> None:
-        """Logs outcomes; returns when they are durable. Raises ``Problem`` 429 when the log cannot take more."""
+    async def outcomes(self, values: Mapping[str, bytes]) -> None:
+        """Logs outcomes by prediction id; returns when they are durable. The first outcome of a prediction counts.
+
+        Raises ``Problem`` 429 when the log cannot take more.
+        """
         try:
-            await asyncio.wrap_future(self._commit.submit(OUTCOMES, [Record(None, value) for value in values]))
+            records = [Record(identity.encode(), value) for identity, value in values.items()]
+            await asyncio.wrap_future(self._commit.submit(OUTCOMES, records))
         except LogFull as error:
             raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
 
@@ -110,7 +115,7 @@ class EventIntake:
             "contract": self._contract.name,
             "contract_version": self._contract.version,
             "rules": rules,
-            "record": orjson.dumps(event).decode(),
+            "record": as_json(event),
             "at": now,
         }
         return Record(None, orjson.dumps(row))
@@ -136,8 +141,8 @@ class Drain:
         self.failure: BaseException | None = None
 
         def turn() -> None:
-            drain_once(use_case, log, tables, database, settings, holder, stop_at={EVENTS: project()})
-            if self.failure is not None:
+            done = drain_once(use_case, log, tables, database, settings, holder, stop_at={EVENTS: project()})
+            if done is not None and self.failure is not None:
                 alerts.resolve(ALERT, use_case.name, "the log reaches its tables again")
                 self.failure = None
 

@@ -19,12 +19,12 @@ from sqlalchemy.exc import OperationalError
 from cluster.alerts import Alerts
 from cluster.clock import open_clock
 from cluster.database import Database
-from cluster.log import DurableLog
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
-from pipelines.features.online import OnlineState, log_path, state_path
+from pipelines.features.online import OnlineState, open_log, state_path
+from pipelines.features.state import StateError
 from serving import routing
 from serving.answers import Predictor
 from serving.auth import KeyRing, Scope
@@ -53,7 +53,7 @@ class Gateway:
         self.tables = Tables(settings.tables_url, settings.storage_options)
         self.database = Database(settings.database_url)
         self.alerts = Alerts(self.database, self.clock)
-        self.log = DurableLog(log_path(settings, self.use_case), remember_us=settings.remember_seconds * 1_000_000)
+        self.log = open_log(settings, self.use_case)
         self.state = OnlineState(state_path(settings, self.use_case), self.use_case)
         self._project()  # what an earlier process logged and did not live to apply
         self.intake = EventIntake(self.use_case, self.log, self.clock, self._project)
@@ -90,12 +90,17 @@ class Gateway:
             handler = self.predict if path.endswith("/predict") else self.ingest if path.endswith("/events") else None
             if handler is not None:
                 try:
-                    status, headers, body = 200, [(b"content-type", b"application/json")], await handler(scope, receive)
+                    answer = 200, [(b"content-type", b"application/json")], await handler(scope, receive)
                 except Problem as problem:
-                    status, headers, body = problem.status, problem.headers(), problem.body()
-                headers.append((b"content-length", str(len(body)).encode()))
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
+                    answer = _refusal(problem)
+                except StateError as error:
+                    answer = _refusal(Problem(503, "State is not ready", str(error)))
+                await _send(send, *answer)
+                return
+        if scope["type"] == "http":
+            declared = header(scope, b"content-length") or b"0"
+            if declared.isdigit() and int(declared) > self.settings.body_limit:
+                await _send(send, *_refusal(_too_large(self.settings.body_limit)))
                 return
         await self.api(scope, receive, send)
 
@@ -125,7 +130,7 @@ class Gateway:
     async def outcomes(self, outcomes: list[dict[str, Any]]) -> None:
         """Logs outcomes durably before they are acknowledged."""
         now = self.clock.now()
-        await self.intake.outcomes([orjson.dumps({**outcome, "at": now}) for outcome in outcomes])
+        await self.intake.outcomes({o["prediction_id"]: orjson.dumps({**o, "at": now}) for o in outcomes})
 
     def status(self) -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
@@ -172,7 +177,9 @@ class Gateway:
                     self.routing_failure = None
                     continue
                 if table.champion != self.champion.version:
-                    self.champion = load_version(self.use_case, table.champion, self.settings)
+                    loaded = load_version(self.use_case, table.champion, self.settings)
+                    self.predictor.warm(loaded, self.clock.now())
+                    self.champion = loaded
             except (VersionRefused, OperationalError) as error:
                 self.routing_failure = str(error)  # the last table goes on answering; readiness reports why
                 continue
@@ -182,6 +189,20 @@ class Gateway:
 def header(scope: ASGIScope, name: bytes) -> bytes | None:
     """The first value of a header (ASGI gives names in lower case)."""
     return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, "The body is too large", f"At most {limit} bytes are taken: send several requests.")
+
+
+def _refusal(problem: Problem) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    return problem.status, problem.headers(), problem.body()
+
+
+async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    headers = [*headers, (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def read_body(receive: Receive, limit: int) -> bytes:
@@ -195,7 +216,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise Problem(413, "The body is too large", f"At most {limit} bytes are taken: send several requests.")
+            raise _too_large(limit)
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 
-from cluster.clock import Clock
+from cluster.clock import Clock, SystemClock
 from cluster.database import Database
 from serving import routing
 from serving.routing import RoutingTable
@@ -30,7 +30,8 @@ def adopt_first(usecase: str, database: Database, clock: Clock) -> RoutingTable:
     if table is not None:
         return table
     holder = f"{socket.gethostname()}:{os.getpid()}"
-    request = database.claim_release(usecase, holder, _LEASE_S, clock.now())
+    # Leases end in real time, also under a replay clock: they guard against processes that died.
+    request = database.claim_release(usecase, holder, _LEASE_S, SystemClock().now())
     if request is None:
         raise ReleaseError(
             f"{usecase!r} has no champion and no release request: run `python -m pipelines.train {usecase}` and see "

@@ -126,5 +126,5 @@ def as_json(record: Any) -> str:
     """A record as ASCII JSON that shows every value, NaN and huge integers included."""
     try:
         return json.dumps(record, default=str)
-    except (TypeError, ValueError):  # what no JSON text ever held: other keys, a cycle, 5,000 digits
+    except (TypeError, ValueError, RecursionError):  # other keys, a cycle, 5,000 digits, a thousand levels
         return json.dumps(f"a {type(record).__name__} that JSON cannot show")

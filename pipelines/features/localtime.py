@@ -56,6 +56,14 @@ def transitions(zone: str) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def covered(calendar: Calendar | None, time_us: np.ndarray) -> np.ndarray:
+    """bool[n]: the times for which ``calendar_columns`` has an answer; without a calendar all of them."""
+    ahead = microseconds(calendar.ahead) if calendar else 0
+    first, last = (microseconds(end - _EPOCH) - ahead for end in (_FIRST, _LAST))
+    inside: np.ndarray = (time_us >= first) & (time_us < last)
+    return inside if calendar else np.ones(len(time_us), dtype=bool)
+
+
 def local_microseconds(zone: str, time_us: np.ndarray) -> np.ndarray:
     """What the zone's wall clock shows at ``time_us`` (int64[n]), as microseconds since 1970-01-01 on that
     clock.

@@ -20,6 +20,7 @@ from cluster.tables import DataFile, Tables
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, contract_schema
 from pipelines.features import folds
+from pipelines.features.localtime import covered
 from pipelines.features.state import StateError
 from pipelines.features.windows import (
     EventColumns,
@@ -141,8 +142,8 @@ def build_examples(use_case: UseCase, events: pa.Table) -> pa.Table:
 
     The request time is the event's time less the target's horizon; label and inputs come from the event,
     stored features from the events known at the request time. Left out are rows whose request precedes their
-    entity's first event, or whose event was already known at its own request. Sorted by request time and
-    entity.
+    entity's first event, whose event was already known at its own request, or whose time no calendar covers.
+    Sorted by request time and entity.
     """
     plan = compile_plan(use_case.view, use_case.contract)
     target = use_case.model.target
@@ -150,7 +151,7 @@ def build_examples(use_case: UseCase, events: pa.Table) -> pa.Table:
     columns = event_columns(plan, events)
     request = columns.times - microseconds(target.horizon)
     label = pc.fill_null(events.column(target.field).cast(pa.float64()), np.nan).to_numpy()
-    usable = ~np.isnan(label) & (columns.known_at > request)
+    usable = ~np.isnan(label) & (columns.known_at > request) & covered(use_case.view.calendar, request)
     counts = eligible(plan, columns)
     rows: list[np.ndarray] = []
     parts: list[Swept] = []

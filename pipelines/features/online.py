@@ -24,6 +24,7 @@ from pipelines.features.state import EntityState, StateError, read_into, words
 from pipelines.features.stores import Store, Transaction
 from pipelines.features.windows import compile_plan, eligible, event_columns
 from pipelines.spec import UseCase
+from pipelines.spec.base import microseconds
 
 __all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "Status"]
 
@@ -68,6 +69,14 @@ def log_path(settings: Settings, use_case: UseCase) -> Path:
     return settings.state_dir / use_case.name / "log"
 
 
+def open_log(settings: Settings, use_case: UseCase) -> DurableLog:
+    """The use case's ingest log on this node. Its ids are remembered for as long as an event can reach state."""
+    contract = use_case.contract
+    lasting = microseconds(contract.lateness + contract.future) + 60_000_000
+    remember_us = max(settings.remember_seconds * 1_000_000, lasting)
+    return DurableLog(log_path(settings, use_case), remember_us=remember_us)
+
+
 class OnlineState:
     """The state of one use case's present view on this node; one object per process.
 
@@ -100,16 +109,19 @@ class OnlineState:
         table_version: int,
         log: DurableLog,
         stream: str = "events",
+        drained: int = 0,
     ) -> int:
         """Rebuilds all state from the rows of one version of the events table and the log records after them.
 
-        ``events`` is the whole table or parts of it, each with all rows of its entities. Readers see the old
-        state or the new one. Returns the new generation, which remembers ``table_version``.
+        ``drained`` is the last sequence that left the log for that version; it may be higher than any row's, because a
+        drained duplicate leaves no row. ``events`` is the whole table or parts of it, each with all rows of its
+        entities. Readers see the old state or the new one. Returns the new generation, which remembers
+        ``table_version``.
         """
         with self.store.writing() as txn:
             before = _head(txn)
             txn.clear()
-            covered = unplaced = 0
+            covered, unplaced = drained, 0
             for part in [events] if isinstance(events, pa.Table) else events:
                 unplaced += self._apply(txn, part)
                 covered = max(covered, pc.max(part.column(SEQUENCE)).as_py() or 0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import session
@@ -25,10 +28,35 @@ _STEPS = (
 
 def demo(usecase: str, *, home: Path, history_days: int | None, replay_days: int, keep: bool) -> None:
     """Runs all steps; a step that fails is named, and its error raised. ``home`` is emptied first."""
-    use_case = usecases.load(usecase)
+    usecases.load(usecase)  # an unknown name is refused before anything is emptied
     settings = _settings(home)
-    session.down(settings)  # what a killed run left
-    _empty(settings.home)
+    with _only_run(settings.home):
+        session.down(settings)  # what a killed run left
+        _empty(settings.home)
+        _all_steps(usecase, settings, history_days, replay_days, keep)
+
+
+@contextmanager
+def _only_run(home: Path) -> Iterator[None]:
+    """One demo at a time in one home; the lock ends with the process that holds it, however it ends."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with (home.parent / f".{home.name}.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise session.SessionError(
+                f"another demo (pid {lock.read().strip()}) runs in {home}: wait for it, or choose another --home"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        os.set_inheritable(lock.fileno(), False)
+        yield
+
+
+def _all_steps(usecase: str, settings: Settings, history_days: int | None, replay_days: int, keep: bool) -> None:
+    use_case = usecases.load(usecase)
     report = Report(settings.home / "report.json", _say)
     _say(f"{use_case.title}; everything is kept in {settings.home}")
     done = False
@@ -37,7 +65,7 @@ def demo(usecase: str, *, home: Path, history_days: int | None, replay_days: int
         done = True
     finally:
         session.disconnect()
-        if keep:
+        if keep and session.current(settings) is not None:
             _say(f"the cluster is left running: TIDEGATE_HOME={settings.home} tidegate down ends it")
         else:
             session.down(settings)

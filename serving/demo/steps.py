@@ -128,7 +128,9 @@ class Demo:
     def features(self) -> dict[str, Any]:
         """The training set, and by the same functions the state from which the gateway answers."""
         done = backfill(self.use_case, tables=self.tables, settings=self.settings)
-        state = materialize(self.use_case, tables=self.tables, settings=self.settings, clock=self.clock)
+        state = materialize(
+            self.use_case, tables=self.tables, database=self.database, settings=self.settings, clock=self.clock
+        )
         return {
             "examples": done.rows,
             "stored_features": len(self.use_case.view.stored),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 from cluster import processes, session
 from cluster.settings import Settings
+from serving.demo.run import _only_run
 from tests.deployment.conftest import HISTORY_DAYS, REPLAY_DAYS, tidegate
 
 
@@ -67,6 +69,14 @@ def test_a_broken_step_is_named_and_nothing_is_left_running(tmp_path):
     assert marker is not None
     assert processes.session_pids(marker) == []
     assert processes.listener(port) is None
+
+
+def test_a_second_demo_in_a_home_where_one_runs_is_refused(tmp_path):
+    home, log = tmp_path / "home", tmp_path / "output.txt"
+    with _only_run(home):
+        run = tidegate("demo", "aqua", "--home", str(home), port=session.free_port(), log=log)
+        assert run.wait(timeout=60) != 0
+    assert f"another demo (pid {os.getpid()}) runs in {home}" in log.read_text()
 
 
 def test_a_directory_that_the_demo_did_not_make_is_not_emptied(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime
+
 import httpx
 import pytest
 
@@ -64,8 +67,6 @@ def test_the_asynchronous_client_makes_concurrent_calls(demo):
 
 def test_events_are_acknowledged_once_and_quarantined_by_rule(demo, http):
     now = http.get("/status").json()["clock"] // 1_000_000
-    from datetime import UTC, datetime
-
     moment = datetime.fromtimestamp(now - 60, UTC).isoformat()
     good = {
         "district": "dma_77", "time": moment, "inflow": 5.0, "temperature": 10.0, "rain": 0.0, "humidity": None,
@@ -84,6 +85,19 @@ def test_events_are_acknowledged_once_and_quarantined_by_rule(demo, http):
     assert features.features["inflow_count_1d"].value == 1
 
 
+def test_an_event_nested_too_deeply_is_quarantined_and_the_one_beside_it_is_kept(http):
+    moment = http.get("/status").json()["clock"] // 1_000_000 - 30
+    good = {
+        "district": "dma_78", "time": datetime.fromtimestamp(moment, UTC).isoformat(), "inflow": 5.0,
+        "temperature": 10.0, "rain": 0.0, "humidity": None, "windspeed": 3.0, "holiday": False,
+    }  # fmt: skip
+    deep = b'{"a":' * 500 + b"1" + b"}" * 500
+    body = b'{"events":[' + json.dumps(good).encode() + b"," + deep + b"]}"
+    response = http.post("/events", content=body)
+    assert response.status_code == 200, response.text
+    assert [result["status"] for result in response.json()["results"]] == ["accepted", "quarantined"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "title"),
     [
@@ -95,6 +109,7 @@ def test_events_are_acknowledged_once_and_quarantined_by_rule(demo, http):
         ("/predict", b" " * (4 * 1024 * 1024 + 1), 413, "The body is too large"),
         ("/events", b'{"events": {}}', 400, "No events"),
         ("/feedback", b'{"outcomes": [{"prediction_id": "a", "value": "x"}]}', 422, "The request is not valid"),
+        ("/feedback", b" " * (4 * 1024 * 1024 + 1), 413, "The body is too large"),
         ("/nowhere", b"{}", 404, "Not Found"),
     ],
 )

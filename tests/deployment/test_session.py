@@ -50,6 +50,21 @@ def test_only_processes_with_the_marker_are_ended_even_if_they_ignore_sigterm(sl
     assert sleeper.wait(timeout=5) == -signal.SIGKILL
 
 
+def test_descendants_are_found_though_they_hide_their_environment():
+    code = (
+        "import subprocess, sys; subprocess.Popen(['env', '-i', 'sleep', '60']); print(1, flush=True); sys.stdin.read()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    found = processes.descendants([parent.pid])
+    assert len(found) == 1
+    assert processes.still_alive(found) == list(found)
+    parent.communicate(b"")
+    assert processes.end(lambda: processes.still_alive(found), grace_s=2) == []
+    assert processes.still_alive({os.getpid(): b"another start"}) == []
+
+
 def test_a_taken_port_is_refused_with_the_holder_and_what_to_do(home):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

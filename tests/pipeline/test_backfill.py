@@ -10,12 +10,14 @@ import pyarrow as pa
 import pytest
 
 from cluster.clock import ReplayClock, SystemClock
+from cluster.database import Database
 from cluster.log import DurableLog, Record
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import backfill as job
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, encode_event, events_schema
+from pipelines.drain import drain
 from pipelines.features.offline import (
     backfill,
     build_examples,
@@ -24,6 +26,7 @@ from pipelines.features.offline import (
     training_table,
 )
 from pipelines.features.online import OnlineState, log_path, state_path
+from pipelines.spec import Calendar
 from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, same_bits
 from tests.pipeline.test_online_state import MINUTE, bulk, record, use_case
 
@@ -46,6 +49,12 @@ def tables(home: Path) -> Tables:
     made = Tables((home / "tables").as_uri())
     made.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
     made.append(events_table(CASE), history(), "load/1")
+    return made
+
+
+def database(settings: Settings) -> Database:
+    made = Database(settings.database_url)
+    made.create()
     return made
 
 
@@ -135,7 +144,7 @@ def test_rebuilt_state_continues_the_table_with_the_log(tables: Tables, home: Pa
     with log.transaction(now) as txn:
         txn.append("events", [Record(None, encode_event(CONTRACT, fresh))])
     log.close()
-    done = job.materialize(CASE, tables=tables, settings=settings, clock=SystemClock())
+    done = job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=SystemClock())
     assert (done.generation, done.sequence, done.entities) == (1, 1, 7)
     state = OnlineState(state_path(settings, CASE), CASE)
     assert state.generation(1) == done.events_version == tables.version(events_table(CASE))
@@ -148,7 +157,7 @@ def test_an_event_that_a_load_brought_is_not_taken_again_by_the_log(tables: Tabl
     settings = Settings(home=home, remember_seconds=3600)
     clock = ReplayClock(settings.clock_file)
     clock.set(BASE + 80 * MINUTE)
-    job.materialize(CASE, tables=tables, settings=settings, clock=clock)
+    job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=clock)
     rows = history().sort_by("_known_at")
     oldest, newest = (rows.column(EVENT_ID)[i].as_py().encode() for i in (0, rows.num_rows - 1))
     log = DurableLog(log_path(settings, CASE), remember_us=3_600_000_000)
@@ -156,6 +165,42 @@ def test_an_event_that_a_load_brought_is_not_taken_again_by_the_log(tables: Tabl
         taken = txn.append("events", [Record(newest, b"x"), Record(oldest, b"y"), Record(b"new", b"z")])
     assert taken == [None, 1, 2]  # the oldest is past what is remembered
     log.close()
+
+
+def test_state_is_rebuilt_after_a_drain_whose_last_records_were_duplicates(tables: Tables, home: Path) -> None:
+    settings, now = Settings(home=home), BASE + 41 * MINUTE
+    log = DurableLog(log_path(settings, CASE), remember_us=1_000_000)
+    again = record("m0", BASE, 1.0)  # the table has this event from the load
+    with log.transaction(now) as txn:
+        txn.append("events", [Record(None, encode_event(CONTRACT, again))])
+    drained = drain(CASE, log, tables, settings)
+    assert (drained.duplicates, log.pending("events")) == (1, 0)
+    log.close()
+    done = job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=SystemClock())
+    assert (done.sequence, done.entities) == (1, 7)
+
+
+def test_state_is_rebuilt_from_the_newest_table_while_drains_go_on(tables: Tables, home: Path) -> None:
+    settings, now = Settings(home=home), BASE + 41 * MINUTE
+    first = backfill(CASE, tables=tables, settings=settings, engine="arrow")
+    log = DurableLog(log_path(settings, CASE), remember_us=1_000_000)
+    with log.transaction(now) as txn:
+        txn.append("events", [Record(None, encode_event(CONTRACT, record("m0", now, 4.5)))])
+    drain(CASE, log, tables, settings)
+    log.close()
+    done = job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=SystemClock())
+    assert done.events_version > first.events_version
+    assert done.sequence == 1
+
+
+def test_an_event_of_a_time_that_no_calendar_covers_does_not_stop_the_others(tables: Tables) -> None:
+    calendar = Calendar(zone="Europe/Rome", parts=("hour",))
+    case = use_case(VIEW.model_copy(update={"calendar": calendar}))
+    old = [record("m0", -2_200_000_000_000_000 + i * MINUTE, 1.0) for i in range(3)]  # the year 1900
+    with_old = pa.concat_tables([history(), bulk(old)])
+    assert build_examples(case, with_old).num_rows >= build_examples(case, history()).num_rows > 0
+    times = build_examples(case, with_old).column("_time").cast(pa.int64()).to_pylist()
+    assert min(times) > 0
 
 
 def test_state_read_at_a_request_time_equals_the_trained_row(tables: Tables, home: Path) -> None:
