@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -79,9 +80,9 @@ def event_time(contract: Contract, table: pa.Table) -> pa.Array:
     return table[contract.time].cast(INSTANT).cast(pa.int64()).combine_chunks()
 
 
-def records(contract: Contract, table: pa.Table) -> list[dict[str, object]]:
+def records(contract: Contract, table: pa.Table) -> list[dict[str, Any]]:
     """The rows as JSON-ready records: timestamps as RFC 3339 text in UTC."""
-    rows: list[dict[str, object]] = _as_text(contract, table).to_pylist()
+    rows: list[dict[str, Any]] = _as_text(contract, table).to_pylist()
     return rows
 
 

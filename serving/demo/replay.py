@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,8 +64,7 @@ def replay(
         result.predict_ms.append((time.perf_counter() - began) * 1e3)
         result.predictions += len(answers)
         waiting[now + horizon] = [
-            (answer.prediction_id, row[target.field], answer)  # type: ignore[misc]
-            for answer, row in zip(answers, wanted, strict=True)
+            (answer.prediction_id, row[target.field], answer) for answer, row in zip(answers, wanted, strict=True)
         ]
 
     for now in sorted(moments):
@@ -101,7 +101,7 @@ def replay(
     return result
 
 
-def _by_moment(use_case: UseCase, rows: pa.Table, start_us: int) -> Iterator[tuple[int, list[dict[str, object]]]]:
+def _by_moment(use_case: UseCase, rows: pa.Table, start_us: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     times = event_time(use_case.contract, rows).to_numpy()
     order = np.argsort(times, kind="stable")
     rows, times = rows.take(order), times[order]
