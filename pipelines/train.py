@@ -82,14 +82,15 @@ def train(
     filled = backfill(use_case, tables=tables, settings=settings, events_version=events_version)
     snapshot = Snapshot(filled.events_version, filled.table_version, filled.view_fingerprint)
     seconds.lap("backfill")
-    fitted = fit(use_case, tables=tables, settings=settings, snapshot=snapshot)
-    seconds.lap("fit")
+    # First, because too little history then fails here at once and not in a worker that Ray would start again.
     frame = load_examples(
         use_case, tables, training_version=snapshot.training_version, events_version=snapshot.events_version,
         view=snapshot.view,
     )  # fmt: skip
     parts = split(frame, use_case.model)
     seconds.lap("load")
+    fitted = fit(use_case, tables=tables, settings=settings, snapshot=snapshot)
+    seconds.lap("fit")
     settings.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.home) as folder:
         make_artifact(use_case, fitted, parts, snapshot, Path(folder))

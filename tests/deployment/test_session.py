@@ -51,9 +51,8 @@ def test_only_processes_with_the_marker_are_ended_even_if_they_ignore_sigterm(sl
 
 
 def test_descendants_are_found_though_they_hide_their_environment():
-    code = (
-        "import subprocess, sys; subprocess.Popen(['env', '-i', 'sleep', '60']); print(1, flush=True); sys.stdin.read()"
-    )
+    hidden = "subprocess.Popen(['env', '-i', 'sleep', '60'], stdout=subprocess.DEVNULL)"
+    code = f"import subprocess, sys; {hidden}; print(1, flush=True); sys.stdin.read()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     parent.stdout.readline()
