@@ -39,8 +39,8 @@ def use_case(**changes: object) -> UseCase:
             **changes,
         }
     )
-    # Two districts and half a year make a weaker model than the page's own gate asks for; this one it passes safely.
-    gates = tuple(gate.model_copy(update={"max_ratio": 1.2}) for gate in aqua.gates)
+    # Two districts and half a year make a weaker model than the page's own gate asks for.
+    gates = tuple(gate.model_copy(update={"max_ratio": 1.0}) for gate in aqua.gates)
     return aqua.model_copy(update={"model": model, "gates": gates})
 
 
