@@ -17,17 +17,22 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event, insert, select, update
 from sqlalchemy.engine import URL
 
-from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING
+from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING, TRIGGERS
 
 # The advisory lock that PostgreSQL's writers take: "tidegate" in ASCII.
 _WRITER_LOCK = 0x7469646567617465
 _BUSY_SECONDS = 60
 
 LoadStatus = Literal["begun", "published", "refused"]
+TriggerStatus = Literal["open", "running", "done", "failed"]
 
 
 class StaleEpoch(RuntimeError):
     """Another controller has written the routing table since the caller read it."""
+
+
+class StaleJournal(RuntimeError):
+    """Another writer has added to the journal since the caller read it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,24 @@ class JournalEntry:
     kind: str
     payload: dict[str, Any]
     at_us: int
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Why a use case is to be trained again, and how far that has come.
+
+    ``evidence`` are the numbers it was opened on, ``attempts`` counts its claims by a new process, ``outcome`` is
+    what was noted on the way.
+    """
+
+    id: int
+    usecase: str
+    kind: str
+    evidence: dict[str, Any]
+    opened_us: int
+    status: TriggerStatus
+    attempts: int
+    outcome: dict[str, Any]
 
 
 class Database:
@@ -161,12 +184,26 @@ class Database:
         with self.write() as connection:
             connection.execute(LEASES.delete().where(LEASES.c.name == name, LEASES.c.holder == holder))
 
-    def request_release(self, usecase: str, version: str, payload: dict[str, Any], now_us: int) -> bool:
-        """Ask for a version to be released; False if that version was asked for before."""
+    def live_leases(self, prefix: str, now_us: int) -> list[str]:
+        """The names, without ``prefix``, of the leases below it that have not expired."""
+        held = (LEASES.c.name.startswith(prefix, autoescape=True), LEASES.c.expires_us > now_us)
+        with self.read() as connection:
+            names = connection.execute(select(LEASES.c.name).where(*held).order_by(LEASES.c.name)).scalars().all()
+        return [name.removeprefix(prefix) for name in names]
+
+    def request_release(
+        self, usecase: str, version: str, payload: dict[str, Any], now_us: int, *, again: bool = False
+    ) -> bool:
+        """Ask for a version to be released; False if that version was asked for before.
+
+        With ``again`` a request that has ended is opened anew, behind those that wait; False if it is still open.
+        """
         this = (RELEASES.c.usecase == usecase, RELEASES.c.version == version)
         with self.write() as connection:
-            if connection.execute(select(RELEASES.c.version).where(*this)).one_or_none() is not None:
+            status = connection.execute(select(RELEASES.c.status).where(*this)).scalar()
+            if status is not None and (status == "open" or not again):
                 return False
+            connection.execute(RELEASES.delete().where(*this))
             values = {"usecase": usecase, "version": version, "payload": payload, "requested_us": now_us}
             connection.execute(insert(RELEASES).values(**values, status="open"))
             return True
@@ -223,24 +260,155 @@ class Database:
             connection.execute(change.values(epoch=found + 1, document=document))
             return int(found) + 1
 
-    def append_journal(self, usecase: str, kind: str, payload: dict[str, Any], at_us: int) -> int:
-        """Add an entry and return its sequence."""
+    def append_journal(
+        self, usecase: str, kind: str, payload: dict[str, Any], at_us: int, *, expected: int | None = None
+    ) -> int:
+        """Add an entry and return its sequence.
+
+        Raises ``StaleJournal``, and adds nothing, when the last entry does not have the sequence ``expected``.
+        """
         newest = select(sa.func.max(JOURNAL.c.sequence)).where(JOURNAL.c.usecase == usecase)
         with self.write() as connection:
-            sequence: int = (connection.execute(newest).scalar() or 0) + 1
-            values = {"usecase": usecase, "sequence": sequence, "kind": kind, "payload": payload}
-            connection.execute(insert(JOURNAL).values(**values, at_us=at_us))
-            return sequence
+            last: int = connection.execute(newest).scalar() or 0
+            if expected is not None and last != expected:
+                raise StaleJournal(
+                    f"the journal of {usecase!r} is at {last}, not {expected}: read it again and decide anew"
+                )
+            return _append(connection, usecase, kind, payload, at_us)
 
-    def journal(self, usecase: str) -> list[JournalEntry]:
-        """All entries of a use case in order."""
-        query = select(JOURNAL).where(JOURNAL.c.usecase == usecase).order_by(JOURNAL.c.sequence)
+    def journal(self, usecase: str, *, after: int = 0) -> list[JournalEntry]:
+        """The entries of a use case with a sequence above ``after``, in order."""
+        mine = (JOURNAL.c.usecase == usecase, JOURNAL.c.sequence > after)
+        query = select(JOURNAL).where(*mine).order_by(JOURNAL.c.sequence)
         with self.read() as connection:
             rows = connection.execute(query).all()
         return [JournalEntry(row.sequence, row.kind, row.payload, row.at_us) for row in rows]
 
+    def open_releases(self, usecase: str) -> list[str]:
+        """The versions whose release was requested and has not ended, the oldest request first."""
+        mine = (RELEASES.c.usecase == usecase, RELEASES.c.status == "open")
+        with self.read() as connection:
+            found = connection.execute(select(RELEASES.c.version).where(*mine).order_by(RELEASES.c.sequence))
+            return list(found.scalars())
+
+    def request_release_for(
+        self, trigger: int, usecase: str, version: str, payload: dict[str, Any], now_us: int
+    ) -> bool:
+        """``request_release`` on behalf of a trigger, which asks for one version at most, whichever comes first.
+
+        The request's payload names the trigger, and the trigger's outcome the version, in one step. False when the
+        trigger or the version has a request; raises ``KeyError`` for a trigger that never was.
+        """
+        this = (RELEASES.c.usecase == usecase, RELEASES.c.version == version)
+        with self.write() as connection:
+            found = _trigger_of(connection, trigger)
+            asked = connection.execute(select(RELEASES.c.version).where(*this)).one_or_none()
+            if found.outcome.get("requested") or asked is not None:
+                return False
+            values = {"usecase": usecase, "version": version, "payload": {**payload, "trigger": trigger}}
+            connection.execute(insert(RELEASES).values(**values, requested_us=now_us, status="open"))
+            outcome = {**found.outcome, "version": version, "requested": True}
+            connection.execute(update(TRIGGERS).where(TRIGGERS.c.id == trigger).values(outcome=outcome))
+            return True
+
+    def open_trigger(
+        self, usecase: str, kind: str, evidence: dict[str, Any], now_us: int, cool_down_us: int = 0
+    ) -> Trigger | None:
+        """Open a trigger and journal it as ``trigger_opened``, in one step.
+
+        None, and nothing written, while another of the use case is open or running, or when its last one was opened
+        less than ``cool_down_us`` ago.
+        """
+        last = select(TRIGGERS).where(TRIGGERS.c.usecase == usecase).order_by(TRIGGERS.c.id.desc()).limit(1)
+        with self.write() as connection:
+            row = connection.execute(last).one_or_none()
+            if row is not None and (row.status in _UNFINISHED or now_us - row.opened_us < cool_down_us):
+                return None
+            values = {"usecase": usecase, "kind": kind, "evidence": evidence, "opened_us": now_us}
+            made = connection.execute(insert(TRIGGERS).values(**values, status="open", attempts=0, outcome={}))
+            identity = int((made.inserted_primary_key or (0,))[0])
+            payload = {"trigger": identity, "trigger_kind": kind, "evidence": evidence}
+            _append(connection, usecase, "trigger_opened", payload, now_us)
+        return Trigger(identity, usecase, kind, evidence, now_us, "open", 0, {})
+
+    def claim_trigger(self, usecase: str, holder: str, seconds: float, now_us: int) -> Trigger | None:
+        """The open trigger, or the running one that nobody holds, claimed until ``now_us`` + ``seconds``.
+
+        The lease is ``trigger/<usecase>``; claiming again renews it, and only a claim by a new holder is an attempt.
+        None when there is none, or when another holds it.
+        """
+        name = f"trigger/{usecase}"
+        pending = select(TRIGGERS).where(TRIGGERS.c.usecase == usecase, TRIGGERS.c.status.in_(_UNFINISHED))
+        with self.write() as connection:
+            row = connection.execute(pending).one_or_none()
+            before = connection.execute(select(LEASES.c.holder).where(LEASES.c.name == name)).scalar()
+            if row is None or not _acquire(connection, name, holder, seconds, now_us):
+                return None
+            attempts = row.attempts + (before != holder)
+            change = update(TRIGGERS).where(TRIGGERS.c.id == row.id)
+            connection.execute(change.values(status="running", attempts=attempts))
+            return _trigger_of(connection, row.id)
+
+    def note_trigger(self, trigger: int, notes: dict[str, Any], kind: str | None, now_us: int) -> Trigger:
+        """Add ``notes`` to the outcome and journal them as ``kind`` (None: not), in one step and once.
+
+        What was noted under the same names before stays, and is not journalled again. ``KeyError`` for a trigger
+        that never was.
+        """
+        with self.write() as connection:
+            found = _trigger_of(connection, trigger)
+            if not notes.keys() <= found.outcome.keys():
+                outcome = {**notes, **found.outcome}
+                connection.execute(update(TRIGGERS).where(TRIGGERS.c.id == trigger).values(outcome=outcome))
+                if kind is not None:
+                    _append(connection, found.usecase, kind, {"trigger": trigger, **notes}, now_us)
+            return _trigger_of(connection, trigger)
+
+    def finish_trigger(
+        self, trigger: int, status: Literal["done", "failed"], notes: dict[str, Any], now_us: int
+    ) -> Trigger:
+        """End a trigger, journal it as ``trigger_closed`` and free its lease, in one step; once ended it stays so."""
+        with self.write() as connection:
+            found = _trigger_of(connection, trigger)
+            if found.status in _UNFINISHED:
+                change = update(TRIGGERS).where(TRIGGERS.c.id == trigger)
+                connection.execute(change.values(status=status, outcome={**found.outcome, **notes}))
+                _append(
+                    connection, found.usecase, "trigger_closed", {"trigger": trigger, "status": status, **notes}, now_us
+                )
+                connection.execute(LEASES.delete().where(LEASES.c.name == f"trigger/{found.usecase}"))
+            return _trigger_of(connection, trigger)
+
+    def triggers(self, usecase: str) -> list[Trigger]:
+        """All triggers of a use case in the order in which they opened."""
+        query = select(TRIGGERS).where(TRIGGERS.c.usecase == usecase).order_by(TRIGGERS.c.id)
+        with self.read() as connection:
+            return [_trigger(row) for row in connection.execute(query)]
+
     def __reduce__(self) -> tuple[type[Database], tuple[str]]:
         return Database, (self.url,)
+
+
+_UNFINISHED = ("open", "running")
+
+
+def _append(connection: Connection, usecase: str, kind: str, payload: dict[str, Any], at_us: int) -> int:
+    newest = select(sa.func.max(JOURNAL.c.sequence)).where(JOURNAL.c.usecase == usecase)
+    sequence: int = (connection.execute(newest).scalar() or 0) + 1
+    values = {"usecase": usecase, "sequence": sequence, "kind": kind, "payload": payload}
+    connection.execute(insert(JOURNAL).values(**values, at_us=at_us))
+    return sequence
+
+
+def _trigger_of(connection: Connection, trigger: int) -> Trigger:
+    row = connection.execute(select(TRIGGERS).where(TRIGGERS.c.id == trigger)).one_or_none()
+    if row is None:
+        raise KeyError(f"there is no trigger {trigger}: open_trigger makes one")
+    return _trigger(row)
+
+
+def _trigger(row: Row[Any]) -> Trigger:
+    return Trigger(row.id, row.usecase, row.kind, row.evidence, row.opened_us, row.status, row.attempts, row.outcome)
 
 
 def _acquire(connection: Connection, name: str, holder: str, seconds: float, now_us: int) -> bool:

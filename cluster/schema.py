@@ -55,6 +55,19 @@ JOURNAL = Table(
     Column("at_us", BigInteger, nullable=False),
 )
 
+TRIGGERS = Table(
+    "triggers",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("usecase", String, nullable=False, index=True),
+    Column("kind", String, nullable=False),
+    Column("evidence", JSON, nullable=False),
+    Column("opened_us", BigInteger, nullable=False),
+    Column("status", String, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("outcome", JSON, nullable=False),
+)
+
 ALERTS = Table(
     "alerts",
     METADATA,

@@ -44,7 +44,8 @@ class Settings(BaseModel):
     Data carries a job, below it plain Arrow does. Event ids are remembered for ``remember_seconds``.
     The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once.
     ``body_limit`` is the largest request body in bytes. ``num_cpus`` None lets Ray count.
-    Fields that may hold secrets are left out of ``repr``.
+    ``drills`` is a file of faults for challengers (``serving.drills``). Fields that may hold secrets are left
+    out of ``repr``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -68,6 +69,7 @@ class Settings(BaseModel):
     body_limit: int = Field(default=4 * 1024 * 1024, ge=1)
     num_cpus: int | None = Field(default=None, ge=1)
     api_keys: str | None = Field(default=None, repr=False)
+    drills: Path | None = None
 
     @field_validator("home", "state_dir")
     @classmethod
@@ -75,6 +77,11 @@ class Settings(BaseModel):
         if bad := sorted(_UNSAFE & set(str(path))):
             raise ValueError(f"path {str(path)!r} must not contain {' '.join(bad)}: choose another directory")
         return path.expanduser().absolute()
+
+    @field_validator("drills")
+    @classmethod
+    def _absolute_if_any(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:

@@ -13,11 +13,13 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 import pipelines
 from cluster.clock import Clock, open_clock
@@ -26,14 +28,26 @@ from cluster.session import connect
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
-from pipelines.features.offline import backfill
+from pipelines.contracts.enforce import events_table
+from pipelines.features import derived
+from pipelines.features.offline import backfill, silenced
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 from pipelines.statistics.conformal import conformal_half_width
-from pipelines.training.artifact import Artifact, Calibration, Output, Runner, load, save, write_page
+from pipelines.training.artifact import (
+    Artifact,
+    Calibration,
+    HalfWidths,
+    Output,
+    Runner,
+    load,
+    save,
+    write_page,
+)
 from pipelines.training.dataset import Frame, Parts, load_examples, split
 from pipelines.training.fit import Fitted, Snapshot, batch_of, fit
 from pipelines.training.networks import residual_target
+from pipelines.training.normals import Normals, season_normals
 from pipelines.training.registry import ModelVersion, Registry
 from pipelines.validation.gates import judge_gate
 from pipelines.validation.metrics import accuracy, accuracy_by
@@ -41,6 +55,8 @@ from pipelines.validation.report import Report
 
 OWN_CALIBRATION_ROWS = 200
 """An entity with fewer calibration rows takes the interval of all entities together."""
+HELD_AGES = 8
+"""At how many ages from the view's ttl to the fallback's hold answers from held values are calibrated."""
 _VERSIONED = ("torch", "onnx", "onnxruntime", "numpy", "ray")
 
 
@@ -72,8 +88,11 @@ def train(
     clock: Clock,
     events_version: int | None = None,
     registry: Registry | None = None,
+    trigger: int | None = None,
 ) -> TrainReport:
     """Train on ``events_version`` (default: the newest) and register what comes out, passed or not.
+
+    A release asked for on behalf of a ``trigger`` is the only one it ever gets.
 
     Ray must be connected. Raises what its steps raise: nothing is registered then, and the run can be
     repeated.
@@ -93,7 +112,10 @@ def train(
     seconds.lap("fit")
     settings.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.home) as folder:
-        make_artifact(use_case, fitted, parts, snapshot, Path(folder))
+        events = None
+        if use_case.fallback is not None:
+            events = tables.read(events_table(use_case), version=snapshot.events_version)
+        make_artifact(use_case, fitted, parts, snapshot, Path(folder), events=events)
         seconds.lap("artifact")
         report = validate(use_case, Runner(folder), parts.test)
         seconds.lap("validate")
@@ -104,6 +126,7 @@ def train(
             registry=registry or Registry(settings),
             database=database,
             now_us=clock.now(),
+            trigger=trigger,
         )
         seconds.lap("register")
     rows = {
@@ -124,7 +147,14 @@ def train(
 
 
 def register(
-    use_case: UseCase, directory: Path, report: Report, *, registry: Registry, database: Database, now_us: int
+    use_case: UseCase,
+    directory: Path,
+    report: Report,
+    *,
+    registry: Registry,
+    database: Database,
+    now_us: int,
+    trigger: int | None = None,
 ) -> tuple[ModelVersion, bool]:
     """Register the model version in ``directory``, and ask for its release if ``report`` passed.
 
@@ -142,11 +172,25 @@ def register(
     if not report.passed:
         return made, False
     payload = {"gates": report.to_json()["gates"], "view": page.view, "contract": page.contract_version}
+    if trigger is not None:
+        return made, database.request_release_for(trigger, use_case.name, made.version, payload, now_us)
     return made, database.request_release(use_case.name, made.version, payload, now_us)
 
 
-def make_artifact(use_case: UseCase, fitted: Fitted, parts: Parts, snapshot: Snapshot, directory: Path) -> Artifact:
-    """Write the fitted network as a calibrated model version into ``directory``."""
+def make_artifact(
+    use_case: UseCase,
+    fitted: Fitted,
+    parts: Parts,
+    snapshot: Snapshot,
+    directory: Path,
+    *,
+    events: pa.Table | None = None,
+) -> Artifact:
+    """Write the fitted network as a calibrated model version into ``directory``.
+
+    With a fallback ladder the version gets its season's normals, and ``events``, the rows that the parts were made
+    of, are needed to calibrate the answers from held values; ``ValueError`` without them.
+    """
     model, contract = use_case.model, use_case.contract
     field = contract.field(model.target.field)
     artifact = Artifact(
@@ -171,7 +215,14 @@ def make_artifact(use_case: UseCase, fitted: Fitted, parts: Parts, snapshot: Sna
     )
     samples = batch_of(model, fitted.vocabularies, parts.calibration).inputs()
     save(directory, fitted.network, artifact, {name: values[:1000] for name, values in samples.items()})
-    calibration = calibrate(use_case, Runner(directory), parts.calibration)
+    if use_case.fallback is None:
+        calibration = calibrate(use_case, Runner(directory), parts.calibration)
+    elif events is None:
+        raise ValueError(f"use case {use_case.name!r} has a fallback ladder: its calibration needs the events")
+    else:
+        normals = season_normals(use_case.fallback, use_case.view.stored, parts.train)
+        normals.save(directory)
+        calibration = calibrate_ladder(use_case, Runner(directory), parts.calibration, events, normals)
     return write_page(directory, artifact.model_copy(update={"calibration": calibration}))
 
 
@@ -180,15 +231,72 @@ def calibrate(use_case: UseCase, runner: Runner, rows: Frame) -> Calibration:
 
     Rows without an answer (no usable anchor) are left out: they get no interval when serving either.
     """
+    found = _half_widths(use_case, runner, rows)
+    if found is None:
+        raise ValueError(
+            f"use case {use_case.name!r}: the model answers none of its {len(rows)} calibration rows with a finite "
+            "error, so it can have no interval; look at its anchor and scale columns"
+        )
+    return Calibration(coverage=use_case.model.coverage, **found.model_dump())
+
+
+def calibrate_ladder(use_case: UseCase, runner: Runner, rows: Frame, events: pa.Table, normals: Normals) -> Calibration:
+    """``calibrate``, and the half-widths of the lower rungs of the use case's fallback ladder.
+
+    For *held* every row is answered from what state would give had its sensor stopped some time before, at several
+    ages up to the fallback's hold; the widest age counts, because errors do not grow evenly with it (a whole day is
+    easier to bridge than half of one). For *normal* all stored features are the season's normals. No rung is narrower
+    than the one above it, and a rung that nothing can be answered from has no half-width.
+    """
+    view, policy = use_case.view, use_case.fallback
+    if policy is None:
+        raise ValueError(f"use case {use_case.name!r} has no fallback ladder to calibrate")
+    fresh = calibrate(use_case, runner, rows)
+    ages = np.linspace(microseconds(view.ttl), microseconds(policy.hold), HELD_AGES).astype(np.int64)
+    held = [
+        _half_widths(use_case, runner, _with_stored(use_case, rows, stored))
+        for stored in (silenced(use_case, events, rows.entity, rows.time_us, int(age)) for age in ages)
+    ]
+    usual = _with_stored(use_case, rows, normals.at(rows.entity, rows.time_us))
+    held_widths = _widest(fresh, held)
+    normal_widths = _widest(held_widths or fresh, [_half_widths(use_case, runner, usual)])
+    return fresh.model_copy(update={"held": held_widths, "normal": normal_widths})
+
+
+def _with_stored(use_case: UseCase, rows: Frame, stored: np.ndarray) -> Frame:
+    """The same rows with other stored features, and all columns that are made of them made again."""
+    view = use_case.view
+    inputs = {name: rows.columns[name] if name in rows.columns else rows.strings[name] for name in view.inputs}
+    return replace(rows, columns=derived.columns(view, stored, inputs, rows.time_us))
+
+
+def _widest(above: HalfWidths, measured: Sequence[HalfWidths | None]) -> HalfWidths | None:
+    """The largest half-width of each entity, of those measured and the rung above; None when nothing was measured.
+
+    An entity without a half-width of its own counts with that of all.
+    """
+    widths = [above, *(found for found in measured if found is not None)]
+    if len(widths) == 1:
+        return None
+    own = {name for found in widths for name in found.by_entity}
+    return HalfWidths(
+        everywhere=max(found.everywhere for found in widths),
+        by_entity={name: max(found.by_entity.get(name, found.everywhere) for found in widths) for name in sorted(own)},
+        rows=min(found.rows for found in widths),
+    )
+
+
+def _half_widths(use_case: UseCase, runner: Runner, rows: Frame) -> HalfWidths | None:
     model = use_case.model
     value = runner.predict(rows.columns, rows.strings).value
     scale = rows.columns[model.scale] if model.scale else np.ones(len(rows))
     scores = np.abs(residual_target(model.transform, rows.label, value, scale))
     usable = np.isfinite(scores)
+    if not usable.any():
+        return None
     scores, entities = scores[usable], rows.entity[usable]
     names, counts = np.unique(entities.astype(str), return_counts=True)
-    return Calibration(
-        coverage=model.coverage,
+    return HalfWidths(
         everywhere=conformal_half_width(scores, model.coverage),
         by_entity={
             str(name): conformal_half_width(scores[entities == name], model.coverage)

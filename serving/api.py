@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from serving import wire
-from serving.auth import Scope
+from serving.auth import Principal, Scope
 from serving.problems import MEDIA_TYPE, Problem
 
 if TYPE_CHECKING:
@@ -35,12 +35,17 @@ def build_api(gateway: Gateway) -> FastAPI:
         redoc_url=None,
     )
 
-    def allow(scope: Scope) -> list[Any]:
-        def check(request: Request) -> None:
+    def principal(scope: Scope) -> Any:
+        def check(request: Request) -> Principal:
             authorization = request.headers.get("authorization")
-            gateway.keys.require(authorization.encode() if authorization else None, scope)
+            return gateway.keys.require(authorization.encode() if authorization else None, scope)
 
-        return [Depends(_BEARER), Depends(check)]
+        return Depends(check)
+
+    releaser = principal(Scope.RELEASE)
+
+    def allow(scope: Scope) -> list[Any]:
+        return [Depends(_BEARER), principal(scope)]
 
     @app.exception_handler(Problem)
     async def problem(_: Request, error: Problem) -> Response:
@@ -83,6 +88,26 @@ def build_api(gateway: Gateway) -> FastAPI:
     def status() -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
         return gateway.status()
+
+    @app.get("/rollout", dependencies=allow(Scope.READ), tags=["rollout"])
+    def rollout() -> wire.RolloutStatus:
+        """Where the release stands, its evidence, and what the judge says of it."""
+        return wire.RolloutStatus(**gateway.rollouts.status())
+
+    @app.post("/rollout/start", dependencies=[Depends(_BEARER)], tags=["rollout"])
+    def start(body: wire.RolloutStart, who: Principal = releaser) -> wire.RolloutStatus:
+        """Asks for the release of a version; the controller takes requests in their order."""
+        gateway.rollouts.start(body.version, by=who.name, policy=body.policy, force=body.force, reason=body.reason)
+        return wire.RolloutStatus(**gateway.rollouts.status())
+
+    @app.post("/rollout/{command}", dependencies=[Depends(_BEARER)], tags=["rollout"])
+    def command(
+        command: Literal["pause", "resume", "approve", "abort"],
+        body: wire.RolloutCommand,
+        who: Principal = releaser,
+    ) -> wire.RolloutStatus:
+        """Pauses, resumes, approves or aborts the rollout that is under way."""
+        return wire.RolloutStatus(**gateway.rollouts.command(command, by=who.name, reason=body.reason))
 
     @app.get("/healthz", tags=["health"])
     def healthz() -> dict[str, str]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from typing import Any
 
 from ray import serve
 
 from cluster import session
-from cluster.clock import open_clock
 from cluster.database import Database
 from cluster.settings import Settings
 from pipelines import usecases
-from serving import releases
+from serving import routing
 from serving.gateway import Gateway
+from serving.releases import ReleaseError
+from serving.rollout import actor
 from serving.routing import RoutingTable
+
+_ADOPTION_S = 60.0
 
 
 @serve.ingress()
@@ -41,14 +45,15 @@ class _Gateway:
 
 
 def deploy(usecase: str, settings: Settings) -> RoutingTable:
-    """Adopts the first champion if there is none, then runs the gateway and waits until it answers.
+    """Starts the rollout controller and, once there is a champion, the gateway; waits until it answers.
 
     Raises ``ReleaseError`` when no version may answer.
     """
     use_case = usecases.load(usecase)
     database = Database(settings.database_url)
     database.create()
-    table = releases.adopt_first(use_case.name, database, open_clock(settings))
+    actor.start(use_case.name)
+    table = _champion(use_case.name, database)
     deployment = serve.deployment(
         name="gateway",
         num_replicas=settings.gateway_replicas,
@@ -64,6 +69,21 @@ def deploy(usecase: str, settings: Settings) -> RoutingTable:
         name=use_case.name,
         route_prefix=f"/v1/{use_case.name}",
     )
+    return table
+
+
+def _champion(usecase: str, database: Database) -> RoutingTable:
+    """The table in force; the controller makes the first one from the oldest release request."""
+    deadline = time.monotonic() + _ADOPTION_S
+    while (table := routing.read(database, usecase)) is None:
+        if not database.open_releases(usecase):
+            raise ReleaseError(
+                f"{usecase!r} has no champion and no release request: run `python -m pipelines.train {usecase}` and "
+                "see whether the version's gates passed"
+            )
+        if time.monotonic() > deadline:
+            raise ReleaseError(f"the rollout controller of {usecase!r} made no champion within {_ADOPTION_S:g} s")
+        time.sleep(0.05)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("status", help="what runs and what answers")
     deploy = commands.add_parser("deploy", help="let a use case's released version answer over HTTP")
     deploy.add_argument("usecase")
+    rollout = commands.add_parser("rollout", help="see and steer a use case's release")
+    rollout.add_argument("usecase")
+    actions = rollout.add_subparsers(dest="action")
+    actions.add_parser("status", help="where it stands, with its evidence (the default)")
+    start = actions.add_parser("start", help="ask for the release of a version")
+    start.add_argument("version")
+    start.add_argument("--force", action="store_true", help="although its gates did not pass; needs --reason")
+    start.add_argument("--reason", default="", help="kept in the journal")
+    for action in ("pause", "resume", "approve", "abort"):
+        actions.add_parser(action).add_argument("--reason", default="", help="kept in the journal")
     demo = commands.add_parser("demo", help="the main job on real data, on a cluster of its own")
     demo.add_argument("usecase", nargs="?", default="aqua")
     demo.add_argument("--home", type=Path, help="where the demo keeps everything (default var/demo); emptied first")
     demo.add_argument("--history-days", type=int, help="how many days of history to take (default all)")
-    demo.add_argument("--replay-days", type=int, default=30, help="how many days to replay (default 30)")
+    demo.add_argument("--replay-days", type=int, default=90, help="how many days to replay (default 90)")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("ray") is None:
@@ -116,4 +127,32 @@ def _deploy(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"up": _up, "down": _down, "status": _status, "deploy": _deploy}
+def _rollout(options: argparse.Namespace) -> int:
+    import httpx
+
+    from cluster import session
+    from cluster.settings import Settings
+    from serving.auth import owner_key
+    from serving.client import Client, TidegateError
+
+    settings = Settings.from_environment()
+    running = session.current(settings)
+    url = os.environ.get("TIDEGATE_URL") or (running.http if running else None)
+    key = os.environ.get("TIDEGATE_API_KEY") or (owner_key(settings) if settings.api_keys is None else None)
+    try:
+        with Client(options.usecase, url=url, api_key=key) as client:
+            match options.action:
+                case None | "status":
+                    status = client.rollout()
+                case "start":
+                    status = client.rollout_start(options.version, force=options.force, reason=options.reason)
+                case _:
+                    status = client.rollout_command(options.action, options.reason)
+    except (TidegateError, httpx.TransportError) as error:
+        print(f"tidegate: {error}", file=sys.stderr)
+        return 1
+    print(status.model_dump_json(indent=1))
+    return 0
+
+
+_COMMANDS = {"up": _up, "down": _down, "status": _status, "deploy": _deploy, "rollout": _rollout}

@@ -1,8 +1,8 @@
 """The client: what an application calls. It needs httpx and pydantic alone.
 
 A call that failed on the way is sent again where that is safe: events are idempotent by their id, a prediction and
-an outcome may be repeated. A refusal is raised as ``TidegateError`` and never repeated, but for 429, whose
-Retry-After is respected.
+an outcome may be repeated, an operator's word may not. A refusal is raised as ``TidegateError`` and never repeated,
+but for 429, whose Retry-After is respected.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 import httpx
 
+from pipelines.spec.release import ReleasePolicy
 from serving.wire import (
     EventResult,
     EventsResponse,
@@ -25,6 +27,8 @@ from serving.wire import (
     FeedbackResponse,
     Prediction,
     PredictResponse,
+    RolloutStart,
+    RolloutStatus,
 )
 
 Answer = TypeVar("Answer")
@@ -53,11 +57,15 @@ class _Call(Generic[Answer]):
     path: str
     body: Any
     read: Callable[[Any], Answer]
+    repeatable: bool = True
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def _predict(instances: Sequence[Mapping[str, Any]]) -> _Call[list[Prediction]]:
+def _predict(instances: Sequence[Mapping[str, Any]], key: str | None) -> _Call[list[Prediction]]:
     body = {"instances": [dict(i) for i in instances]}
-    return _Call("POST", "/predict", body, lambda a: PredictResponse.model_validate(a).predictions)
+    # With a key a request that has to be sent again finds the version it had.
+    headers = {"idempotency-key": key or secrets.token_hex(8)}
+    return _Call("POST", "/predict", body, lambda a: PredictResponse.model_validate(a).predictions, headers=headers)
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> _Call[list[EventResult]]:
@@ -78,6 +86,20 @@ def _status() -> _Call[dict[str, Any]]:
     return _Call("GET", "/status", None, dict)
 
 
+def _rollout() -> _Call[RolloutStatus]:
+    return _Call("GET", "/rollout", None, RolloutStatus.model_validate)
+
+
+def _rollout_start(version: str, policy: ReleasePolicy | None, force: bool, reason: str) -> _Call[RolloutStatus]:
+    body = RolloutStart(version=version, policy=policy, force=force, reason=reason).model_dump(mode="json")
+    return _Call("POST", "/rollout/start", body, RolloutStatus.model_validate, repeatable=False)
+
+
+def _rollout_command(command: str, reason: str) -> _Call[RolloutStatus]:
+    body = {"reason": reason}
+    return _Call("POST", f"/rollout/{command}", body, RolloutStatus.model_validate, repeatable=False)
+
+
 class _Connection:
     """What both clients share: address, key, and which failed attempt is made again."""
 
@@ -92,9 +114,9 @@ class _Connection:
             "timeout": timeout_s,
         }
 
-    def _delay(self, attempt: int, response: httpx.Response | None) -> float | None:
+    def _delay(self, call: _Call[Any], attempt: int, response: httpx.Response | None) -> float | None:
         """Seconds to wait before the next attempt, or None when this one counts."""
-        if attempt >= self._retries:
+        if attempt >= self._retries or not call.repeatable:
             return None
         if response is None or _lost_on_the_way(response):
             return min(0.1 * 2.0**attempt, 2.0)
@@ -146,9 +168,14 @@ class Client(_Connection):
         """Closes the connections."""
         self._http.close()
 
-    def predict(self, instances: Sequence[Mapping[str, Any]]) -> list[Prediction]:
-        """One prediction per instance, in order."""
-        return self._send(_predict(instances))
+    def predict(
+        self, instances: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> list[Prediction]:
+        """One prediction per instance, in order.
+
+        While a version is being tried, requests with the same ``idempotency_key`` get the same version.
+        """
+        return self._send(_predict(instances, idempotency_key))
 
     def events(self, events: Sequence[Mapping[str, Any]]) -> list[EventResult]:
         """One result per event, in order; accepted events are durable."""
@@ -166,15 +193,29 @@ class Client(_Connection):
         """Where the gateway's log, state and routing stand."""
         return self._send(_status())
 
+    def rollout(self) -> RolloutStatus:
+        """Where the release stands."""
+        return self._send(_rollout())
+
+    def rollout_start(
+        self, version: str, *, policy: ReleasePolicy | None = None, force: bool = False, reason: str = ""
+    ) -> RolloutStatus:
+        """Asks for the release of a version, under the page's policy or another."""
+        return self._send(_rollout_start(version, policy, force, reason))
+
+    def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
+        """Pauses, resumes, approves or aborts the rollout that is under way."""
+        return self._send(_rollout_command(command, reason))
+
     def _send(self, call: _Call[Answer]) -> Answer:
         for attempt in itertools.count():
             response = None
             try:
-                response = self._http.request(call.method, call.path, json=call.body)
+                response = self._http.request(call.method, call.path, json=call.body, headers=call.headers)
             except httpx.TransportError:
-                if self._delay(attempt, None) is None:
+                if self._delay(call, attempt, None) is None:
                     raise
-            delay = self._delay(attempt, response)
+            delay = self._delay(call, attempt, response)
             if delay is None and response is not None:
                 return _read(call, response)
             time.sleep(delay or 0)
@@ -206,9 +247,14 @@ class AsyncClient(_Connection):
         """Closes the connections."""
         await self._http.aclose()
 
-    async def predict(self, instances: Sequence[Mapping[str, Any]]) -> list[Prediction]:
-        """One prediction per instance, in order."""
-        return await self._send(_predict(instances))
+    async def predict(
+        self, instances: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> list[Prediction]:
+        """One prediction per instance, in order.
+
+        While a version is being tried, requests with the same ``idempotency_key`` get the same version.
+        """
+        return await self._send(_predict(instances, idempotency_key))
 
     async def events(self, events: Sequence[Mapping[str, Any]]) -> list[EventResult]:
         """One result per event, in order; accepted events are durable."""
@@ -226,15 +272,29 @@ class AsyncClient(_Connection):
         """Where the gateway's log, state and routing stand."""
         return await self._send(_status())
 
+    async def rollout(self) -> RolloutStatus:
+        """Where the release stands."""
+        return await self._send(_rollout())
+
+    async def rollout_start(
+        self, version: str, *, policy: ReleasePolicy | None = None, force: bool = False, reason: str = ""
+    ) -> RolloutStatus:
+        """Asks for the release of a version, under the page's policy or another."""
+        return await self._send(_rollout_start(version, policy, force, reason))
+
+    async def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
+        """Pauses, resumes, approves or aborts the rollout that is under way."""
+        return await self._send(_rollout_command(command, reason))
+
     async def _send(self, call: _Call[Answer]) -> Answer:
         for attempt in itertools.count():
             response = None
             try:
-                response = await self._http.request(call.method, call.path, json=call.body)
+                response = await self._http.request(call.method, call.path, json=call.body, headers=call.headers)
             except httpx.TransportError:
-                if self._delay(attempt, None) is None:
+                if self._delay(call, attempt, None) is None:
                     raise
-            delay = self._delay(attempt, response)
+            delay = self._delay(call, attempt, response)
             if delay is None and response is not None:
                 return _read(call, response)
             await asyncio.sleep(delay or 0)

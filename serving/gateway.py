@@ -1,20 +1,21 @@
 """The request path of one use case: a Serve deployment whose ASGI app answers ``predict`` and ``events`` itself.
 
-Everything else goes to FastAPI, which also describes all routes. The champion runs inside this process; a newer
-routing table is loaded and warmed beside it and swapped in one assignment.
+Everything else goes to FastAPI, which also describes all routes. The champion runs inside this process; a challenger
+is asked through ``serving.trial``, and ``serving.following`` keeps both up to the routing table.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
-import threading
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
+import numpy as np
 import orjson
-from sqlalchemy.exc import OperationalError
 
 from cluster.alerts import Alerts
 from cluster.clock import open_clock
@@ -25,12 +26,15 @@ from pipelines import usecases
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
 from pipelines.features.online import OnlineState, open_log, state_path
 from pipelines.features.state import StateError
-from serving import routing
-from serving.answers import Predictor
+from pipelines.training.artifact import Prediction
+from serving.answers import Answered, Predictor, Prepared
 from serving.auth import KeyRing, Scope
 from serving.events import Drain, EventIntake
+from serving.following import Follower, Serving
 from serving.problems import Problem
-from serving.runner import LoadedVersion, VersionRefused, load_version
+from serving.rollout.operators import Rollouts
+from serving.runner import LoadedVersion
+from serving.watch import Watch
 
 ASGIScope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -39,7 +43,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_EVENTS = 10_000
 # Below this many instances the model is faster than the hop to another thread.
 _INLINE_INSTANCES = 16
-_ROUTING_POLL_S = 1.0
+_MAX_KEY = 200
 
 
 class Gateway:
@@ -69,16 +73,9 @@ class Gateway:
             self.alerts,
             self.holder,
         )
-        table = routing.read(self.database, usecase)
-        if table is None:
-            raise RuntimeError(f"{usecase!r} has no champion: release a version before its gateway starts")
-        self.table = table
-        self.champion: LoadedVersion = load_version(self.use_case, table.champion, settings)
-        self.predictor.warm(self.champion, self.clock.now())
-        self.routing_failure: str | None = None
-        self._stop = threading.Event()
-        self._routing = threading.Thread(target=self._follow_routing, name="routing", daemon=True)
-        self._routing.start()
+        self.rollouts = Rollouts(usecase, settings, self.database, self.clock)
+        self.follower = Follower(self.use_case, settings, self.database, self._warm)
+        self.watch = Watch(self.use_case, self.state, self.alerts, self.clock) if self.use_case.fallback else None
         from serving.api import build_api  # it imports the request models, which a worker without HTTP never needs
 
         self.api = build_api(self)
@@ -107,14 +104,49 @@ class Gateway:
     async def predict(self, scope: ASGIScope, receive: Receive) -> bytes:
         """Checks the key, reads the body, answers, logs."""
         self.keys.require(header(scope, b"authorization"), Scope.PREDICT)
+        given = _idempotency_key(scope)
         records = self.predictor.parse(await self._json(receive))
-        champion, now = self.champion, self.clock.now()
+        serving, now, champion = self.follower.serving, self.clock.now(), self.predictor.champion
         if len(records) <= _INLINE_INSTANCES:
-            answered = self.predictor.answer(records, champion, now)
+            prepared, prediction, took = champion(records, serving.champion, now)
         else:
-            answered = await asyncio.to_thread(self.predictor.answer, records, champion, now)
-        self.intake.predictions(answered.records)
+            prepared, prediction, took = await asyncio.to_thread(champion, records, serving.champion, now)
+        if serving.trial is None:
+            answered = self.predictor.compose(prepared, prediction, serving.champion.version)
+            self.intake.predictions(answered.records())
+        else:
+            answered = await self._tried(serving, given, prepared, prediction, took)
         return orjson.dumps(answered.document)
+
+    async def _tried(
+        self, serving: Serving, given: str | None, prepared: Prepared, prediction: Prediction, took: float
+    ) -> Answered:
+        """The answers while a version is being tried; the log gets what both versions said."""
+        trial, champion = serving.trial, serving.champion.version
+        assert trial is not None
+        key = given or secrets.token_hex(8)
+        counted = given is None or trial.first_seen(given)
+        assigned = trial.assign(key, len(prepared.records))
+        if assigned.any():
+            chosen = await trial.choose(counted, prepared, prediction, took, assigned)
+            version = trial.challenger.version
+            answered = self.predictor.compose(prepared, chosen.prediction, champion, chosen.taken, version)
+            self.intake.predictions(answered.records(chosen.other, champion))
+            return answered
+        if trial.splits:
+            trial.count_champion(counted, prepared, prediction, took)
+        answered = self.predictor.compose(prepared, prediction, champion)
+        if trial.copies(key):
+            trial.copy(key, counted, prepared, prediction, took, partial(self._log_copied, answered))
+        else:
+            self.intake.predictions(answered.records())
+        return answered
+
+    def _log_copied(self, answered: Answered, values: np.ndarray, version: str) -> None:
+        self.intake.predictions(answered.records(values, version))
+
+    def _warm(self, version: LoadedVersion) -> None:
+        self.predictor.warm(version, self.clock.now())
 
     async def ingest(self, scope: ASGIScope, receive: Receive) -> bytes:
         """Checks the key, reads the body, acknowledges each event."""
@@ -135,27 +167,32 @@ class Gateway:
     def status(self) -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
         streams = (EVENTS, QUARANTINE, PREDICTIONS, OUTCOMES)
+        failures = (self.drain.failure, self.follower.failure, self.watch and self.watch.failure)
         return {
             "usecase": self.use_case.name,
             "replica": self.holder,
             "clock": self.clock.now(),
-            "epoch": self.table.epoch,
-            "champion": self.champion.version,
+            "epoch": self.follower.serving.table.epoch,
+            "champion": self.follower.serving.champion.version,
             "applied": self.state.applied(),
             "log": {s: {"last": self.log.last(s), "pending": self.log.pending(s)} for s in streams},
-            "failures": [str(f) for f in (self.drain.failure, self.routing_failure) if f],
+            "failures": [str(failure) for failure in failures if failure],
         }
 
     def check(self) -> None:
         """Raises when a background part of this replica has ended, so that Serve replaces it."""
         if not self.drain.alive():
             raise RuntimeError(f"the drain of {self.use_case.name!r} ended: {self.drain.failure!r}")
-        if not self._routing.is_alive():
+        if self.watch is not None and not self.watch.alive():
+            raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer watches for silent sensors")
+        if not self.follower.alive():
             raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer follows its routing table")
 
     def close(self) -> None:
         """Flushes the log and lets go of the stores."""
-        self._stop.set()
+        if self.watch is not None:
+            self.watch.close()
+        self.follower.close()
         self.intake.close()
         self.drain.close()
 
@@ -169,21 +206,15 @@ class Gateway:
         except orjson.JSONDecodeError as error:
             raise Problem(400, "The body is not JSON", str(error)) from error
 
-    def _follow_routing(self) -> None:
-        while not self._stop.wait(_ROUTING_POLL_S):
-            try:
-                table = routing.read(self.database, self.use_case.name)
-                if table is None or table.epoch <= self.table.epoch:
-                    self.routing_failure = None
-                    continue
-                if table.champion != self.champion.version:
-                    loaded = load_version(self.use_case, table.champion, self.settings)
-                    self.predictor.warm(loaded, self.clock.now())
-                    self.champion = loaded
-            except (VersionRefused, OperationalError) as error:
-                self.routing_failure = str(error)  # the last table goes on answering; readiness reports why
-                continue
-            self.table, self.routing_failure = table, None
+
+def _idempotency_key(scope: ASGIScope) -> str | None:
+    """The caller's name for the request, so that a repetition finds the version it had; None when it gave none."""
+    given = header(scope, b"idempotency-key")
+    if given is None:
+        return None
+    if not given or len(given) > _MAX_KEY:
+        raise Problem(400, "The idempotency key does not fit", f"Idempotency-Key takes 1 to {_MAX_KEY} bytes.")
+    return given.decode("latin-1")
 
 
 def header(scope: ASGIScope, name: bytes) -> bytes | None:

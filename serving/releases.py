@@ -1,43 +1,50 @@
-"""How a version comes to answer: the first one whose gates passed becomes champion, and the journal says why.
-
-Replacing a champion needs the rollout (shadow, canary, rollback), which is not built yet: asking for it is refused.
-"""
+"""Asking for a release by hand: what a person may ask for, and what the journal then says about it."""
 
 from __future__ import annotations
 
-import os
-import socket
-
-from cluster.clock import Clock, SystemClock
+from cluster.clock import Clock
 from cluster.database import Database
-from serving import routing
-from serving.routing import RoutingTable
-
-_LEASE_S = 60.0
+from pipelines.spec import ReleasePolicy
+from pipelines.training.registry import Registry, RegistryError
 
 
 class ReleaseError(RuntimeError):
-    """A release cannot go on; the message says why and what to do."""
+    """A release cannot be asked for, or cannot go on; the message says why and what to do."""
 
 
-def adopt_first(usecase: str, database: Database, clock: Clock) -> RoutingTable:
-    """The table in force, or one with the oldest requested version as the first champion.
+def request(
+    usecase: str,
+    version: str,
+    *,
+    by: str,
+    policy: ReleasePolicy | None,
+    force: bool,
+    reason: str,
+    database: Database,
+    registry: Registry,
+    clock: Clock,
+) -> None:
+    """Asks for the release of a version; the rollout controller takes requests in their order.
 
-    A release request exists only for a version whose gates passed. Raises ``ReleaseError`` when there is neither
-    champion nor request.
+    ``policy`` takes the place of the page's for this rollout. A version whose gates did not pass is refused unless
+    ``force`` is given with a reason; the journal then names ``by``. Raises ``ReleaseError`` when the registry has no
+    such version or it waits already.
     """
-    table = routing.read(database, usecase)
-    if table is not None:
-        return table
-    holder = f"{socket.gethostname()}:{os.getpid()}"
-    # Leases end in real time, also under a replay clock: they guard against processes that died.
-    request = database.claim_release(usecase, holder, _LEASE_S, SystemClock().now())
-    if request is None:
+    try:
+        found = registry.version(usecase, version)
+    except RegistryError as error:
+        raise ReleaseError(str(error)) from error
+    if not found.gates_passed and not force:
         raise ReleaseError(
-            f"{usecase!r} has no champion and no release request: run `python -m pipelines.train {usecase}` and see "
-            "whether the version's gates passed"
+            f"version {version} of {usecase!r} did not pass its gates: train a better one, or force it and say why"
         )
-    database.append_journal(usecase, "champion_adopted", {"version": request.version, **request.payload}, clock.now())
-    table = routing.publish(database, usecase, None, champion=request.version)
-    database.finish_release(usecase, request.version, "promoted")
-    return table
+    if not found.gates_passed and not reason.strip():
+        raise ReleaseError(f"forcing version {version} of {usecase!r} past its gates needs a reason, for the journal")
+    payload = {
+        "requested_by": by,
+        "reason": reason,
+        "forced": not found.gates_passed,
+        "policy": policy and policy.model_dump(mode="json"),
+    }
+    if not database.request_release(usecase, version, payload, clock.now(), again=True):
+        raise ReleaseError(f"version {version} of {usecase!r} waits for its release already")

@@ -1,21 +1,57 @@
-"""The routing table: which model version answers. It lives in the database under an epoch that only rises."""
+"""The routing table, and how an instance finds its version by it.
+
+The table lives in the database under an epoch that only rises. It is a projection of the rollout's journal: whoever
+has lost it makes it again.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.database import Database
 
 
+class Challenger(BaseModel):
+    """A version that is being tried, and how gateways try it; see ``ReleasePolicy`` for the limits.
+
+    It answers ``weight`` of the instances and gets copies of ``shadow`` of the requests. ``salt`` belongs to the
+    rollout, so that no two rollouts try themselves on the same instances.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    rollout: int
+    salt: str
+    weight: float = Field(ge=0, le=1)
+    shadow: float = Field(ge=0, le=1)
+    deadline_ms: float
+    slow_factor: float
+    slow_floor_ms: float
+    harm_cap: int
+
+
 class RoutingTable(BaseModel):
-    """What every gateway of a use case follows. ``epoch`` orders tables; an older one is never applied."""
+    """What every gateway of a use case follows. ``epoch`` orders tables; an older one is never applied.
+
+    ``previous`` is kept warm. ``prepare`` is to be loaded and warmed, because it will be champion next.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epoch: int
     champion: str
+    previous: str | None = None
+    prepare: str | None = None
+    challenger: Challenger | None = None
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """The versions that a gateway keeps loaded."""
+        return frozenset(v for v in (self.champion, self.previous, self.prepare) if v is not None)
 
 
 def read(database: Database, usecase: str) -> RoutingTable | None:
@@ -24,9 +60,23 @@ def read(database: Database, usecase: str) -> RoutingTable | None:
     return None if stored is None else RoutingTable(epoch=stored.epoch, **stored.document)
 
 
-def publish(database: Database, usecase: str, expected: RoutingTable | None, **changes: Any) -> RoutingTable:
-    """Writes the successor of ``expected``; raises ``StaleEpoch`` when somebody else wrote first."""
-    document = {**(expected.model_dump(exclude={"epoch"}) if expected else {}), **changes}
-    RoutingTable(epoch=0, **document)  # refuse a malformed table before it is written
-    epoch = database.put_routing(usecase, expected.epoch if expected else None, document)
-    return RoutingTable(epoch=epoch, **document)
+def publish(database: Database, usecase: str, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
+    """Writes the successor of ``expected`` with the given fields; the same fields again are written only once.
+
+    Raises ``StaleEpoch`` when somebody else wrote first.
+    """
+    table = RoutingTable(epoch=0, **document)  # refuse a malformed table before it is written
+    fields = table.model_dump(mode="json", exclude={"epoch"})
+    if expected is not None and fields == expected.model_dump(mode="json", exclude={"epoch"}):
+        return expected
+    epoch = database.put_routing(usecase, expected.epoch if expected else None, fields)
+    return table.model_copy(update={"epoch": epoch})
+
+
+def place(key: str, salt: str) -> float:
+    """Where an instance stands in [0, 1), by its idempotency key: it is the challenger's while weight exceeds that.
+
+    Raising the weight therefore never takes an instance away from the challenger, and a repeated request finds the
+    version it had.
+    """
+    return xxhash.xxh3_64_intdigest(f"{salt}\x00{key}".encode()) / 2.0**64

@@ -5,13 +5,23 @@ A version that was trained on a view this code does not compute is refused: code
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
 
 from cluster.settings import Settings
 from pipelines.features.windows import view_fingerprint
 from pipelines.spec import UseCase
-from pipelines.training.artifact import ArtifactError, Runner, verify, verify_apart
+from pipelines.training.artifact import Artifact, ArtifactError, Prediction, Runner, verify, verify_apart
 from pipelines.training.registry import Registry, RegistryError
+from serving.fallback import Ladder, ladder_of
+
+_PAST_CALLS = 501
+_WARM_CALLS = 50
 
 
 class VersionRefused(RuntimeError):
@@ -19,18 +29,49 @@ class VersionRefused(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The arguments of ``Runner.predict`` for ``count`` instances."""
+
+    columns: dict[str, np.ndarray]
+    strings: dict[str, list[Any]]
+    level: np.ndarray
+    count: int
+
+
+@dataclass(frozen=True)
 class LoadedVersion:
-    """A version that has answered trial rows in this process."""
+    """A version that has answered trial rows in this process: its fallback ladder, None without one, and how long its
+    last calls took (seconds).
+    """
 
     version: str
     runner: Runner
+    ladder: Ladder | None
+    past: deque[float] = field(default_factory=lambda: deque(maxlen=_PAST_CALLS))
+
+    def predict(self, rows: Rows) -> tuple[Prediction, float]:
+        """``Runner.predict`` and the seconds it took."""
+        began = time.perf_counter()
+        found = self.runner.predict(rows.columns, rows.strings, rows.level)
+        took = time.perf_counter() - began
+        self.past.append(took)
+        return found, took
+
+    def median_s(self) -> float:
+        """The median time of the last calls inside the runner."""
+        return median(self.past)
 
 
-def load_version(use_case: UseCase, version: str, settings: Settings) -> LoadedVersion:
-    """Downloads, tries and warms the version; raises ``VersionRefused``."""
+def load_version(use_case: UseCase, version: str, settings: Settings, *, apart: bool = True) -> LoadedVersion:
+    """Downloads, tries and warms the version; raises ``VersionRefused``.
+
+    It is tried in a process of its own first, unless this one may die of it (``apart`` False).
+    """
     try:
         directory = Registry(settings).download(use_case.name, version, settings.cache_dir / "models")
-        artifact = verify_apart(directory)
+        if apart:
+            verify_apart(directory)
+        artifact = verify(directory)
     except (ArtifactError, RegistryError) as error:
         raise VersionRefused(f"version {version} of {use_case.name!r} does not load: {error}") from error
     expected = view_fingerprint(use_case.view, use_case.contract)
@@ -39,5 +80,15 @@ def load_version(use_case: UseCase, version: str, settings: Settings) -> LoadedV
             f"version {version} of {use_case.name!r} was trained on view {artifact.view}, and this code computes "
             f"{expected}: deploy the code it was trained with first, or train a version with this code"
         )
-    verify(directory)
-    return LoadedVersion(version, Runner(directory))
+    runner = Runner(directory)
+    loaded = LoadedVersion(version, runner, ladder_of(use_case, artifact, runner.normals))
+    for _ in range(_WARM_CALLS):
+        loaded.predict(trial_rows(artifact, 1))
+    return loaded
+
+
+def trial_rows(artifact: Artifact, count: int) -> Rows:
+    """Made-up rows: ones, and strings that no vocabulary has."""
+    names = {*artifact.numeric, *(name for name in (artifact.anchor, artifact.scale) if name)}
+    strings: dict[str, list[Any]] = {name: ["?"] * count for name in (*artifact.categorical, artifact.entity)}
+    return Rows({name: np.ones(count) for name in names}, strings, np.zeros(count, np.uint8), count)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.spec.release import ReleasePolicy
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -101,3 +103,53 @@ class FeaturesResponse(BaseModel):
     sequence: int
     generation: int
     features: dict[str, FeatureValue]
+
+
+class RolloutCommand(_Request):
+    """Why an operator pauses, resumes, approves or aborts; it is kept in the journal with the key's name."""
+
+    reason: str = Field(default="", max_length=500)
+
+
+class RolloutStart(_Request):
+    """A version to be released, under the page's policy or another.
+
+    ``force`` passes over gates that did not pass, and needs a reason.
+    """
+
+    version: str = Field(min_length=1, max_length=20)
+    policy: ReleasePolicy | None = None
+    force: bool = False
+    reason: str = Field(default="", max_length=500)
+
+
+class RolloutEvidence(BaseModel):
+    """What is known of the challenger. A guardrail acts when its ``log_e`` reaches its ``threshold``."""
+
+    challenger_requests: int
+    served: int
+    harmed: int
+    copies: int
+    disagreed: int
+    days: int
+    log_e: dict[str, float | None]
+    threshold: dict[str, float | None]
+
+
+class RolloutStatus(BaseModel):
+    """Where the release stands. ``ended`` is the last version tried, ``outcome`` how that went."""
+
+    phase: str
+    champion: str | None
+    previous: str | None
+    challenger: str | None
+    rollout: int
+    step: int
+    weight: float
+    paused: bool
+    outcome: str | None
+    ended: str | None
+    evidence: RolloutEvidence
+    verdict: str | None = None
+    reason: str | None = None
+    waiting: list[str] = Field(default=[], description="versions whose release was asked for and not begun")

@@ -1,4 +1,5 @@
-"""One writer at a time to a use case's events table: loads and drains take the same lease.
+"""Leases held for the length of a block. One writer at a time to a use case's events table: loads and drains take the
+same lease.
 
 Whoever holds it may look for an event id in the table, and commit, without another commit in between.
 """
@@ -26,7 +27,7 @@ def try_events(database: Database, use_case: UseCase, holder: str) -> bool:
 
     Leases end in real time, also under a replay clock: they guard against processes that died.
     """
-    return database.acquire_lease(_name(use_case), holder, _SECONDS, SystemClock().now())
+    return _take(database, _name(use_case), holder)
 
 
 def release_events(database: Database, use_case: UseCase, holder: str) -> None:
@@ -42,33 +43,44 @@ def events_lease(
 
     Raises ``TimeoutError`` when others hold it for ``patience_s`` seconds.
     """
+    with kept_lease(database, _name(use_case), holder, patience_s=patience_s) as check:
+        yield check
+
+
+@contextmanager
+def kept_lease(
+    database: Database, name: str, holder: str, *, patience_s: float = 120.0
+) -> Iterator[Callable[[], None]]:
+    """``events_lease`` for a lease of any name; one that ``holder`` has taken already is kept on."""
     deadline = time.monotonic() + patience_s
-    while not try_events(database, use_case, holder):
+    while not _take(database, name, holder):
         if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"others held the lease {_name(use_case)!r} for {patience_s:.0f} s: does one of them hang?"
-            )
+            raise TimeoutError(f"others held the lease {name!r} for {patience_s:.0f} s: does one of them hang?")
         time.sleep(0.05)
     ended, lost = threading.Event(), threading.Event()
 
     def renew() -> None:
         while not ended.wait(_SECONDS / 3):
-            if not try_events(database, use_case, holder):
+            if not _take(database, name, holder):
                 lost.set()
                 return
 
     def check() -> None:
-        if lost.is_set() or not try_events(database, use_case, holder):
-            raise LeaseLost(f"{holder} lost the lease {_name(use_case)!r}; run the load again")
+        if lost.is_set() or not _take(database, name, holder):
+            raise LeaseLost(f"{holder} lost the lease {name!r}; run it again")
 
-    keeper = threading.Thread(target=renew, name="events-lease", daemon=True)
+    keeper = threading.Thread(target=renew, name=f"lease {name}", daemon=True)
     keeper.start()
     try:
         yield check
     finally:
         ended.set()
         keeper.join()
-        release_events(database, use_case, holder)
+        database.release_lease(name, holder)
+
+
+def _take(database: Database, name: str, holder: str) -> bool:
+    return database.acquire_lease(name, holder, _SECONDS, SystemClock().now())
 
 
 def _name(use_case: UseCase) -> str:

@@ -183,6 +183,29 @@ def build_examples(use_case: UseCase, events: pa.Table) -> pa.Table:
     return pa.table(answer).select(schema.names).cast(schema)
 
 
+def silenced(
+    use_case: UseCase, events: pa.Table, entities: np.ndarray, moments: np.ndarray, silence_us: int
+) -> np.ndarray:
+    """What state would give at ``moments`` had each entity's events stopped ``silence_us`` before: float64[n, s].
+
+    entities object[n], moments int64[n] (us), ``events`` rows of the events table. Row i is made of the events known
+    by ``moments[i] - silence_us`` and read at ``moments[i]``, as for a sensor that fell silent.
+    """
+    plan = compile_plan(use_case.view, use_case.contract)
+    columns = event_columns(plan, events)
+    kept = np.flatnonzero(eligible(plan, columns))
+    rows_of = dict(by_entity(columns, kept[np.lexsort((columns.orders[kept], columns.times[kept],
+                                                       columns.known_at[kept]))]))  # fmt: skip
+    values = np.empty((len(moments), len(plan.features)))
+    for entity in set(entities.tolist()):
+        wanted = np.flatnonzero(entities == entity)
+        wanted = wanted[np.argsort(moments[wanted], kind="stable")]
+        seen = take(columns, rows_of.get(entity, np.zeros(0, np.int64)))
+        cuts = np.searchsorted(seen.known_at, moments[wanted] - silence_us, side="right").astype(np.int64)
+        values[wanted] = sweep(plan, seen, cuts, moments[wanted]).values
+    return values
+
+
 def backfill(
     use_case: UseCase,
     *,

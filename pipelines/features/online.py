@@ -156,6 +156,17 @@ class OnlineState:
         with self.store.reading() as txn:
             return txn.count()
 
+    def names(self) -> list[str]:
+        """The entities that have state, ascending, without those whose name exceeds 500 bytes."""
+        with self.store.reading() as txn:
+            return txn.names()
+
+    def position(self) -> tuple[int, int]:
+        """(generation, last applied log sequence): while it stays the same, so does every entity's state."""
+        with self.store.reading() as txn:
+            head = _head(txn)
+        return head.generation, head.applied
+
     def bind(self) -> BoundReader:
         """A reader of this state."""
         return BoundReader(self)

@@ -20,7 +20,7 @@ from pipelines.contracts.events import SEQUENCE
 from pipelines.features import derived
 from pipelines.features.offline import by_entity, sweep, take
 from pipelines.features.online import NO_TABLE
-from pipelines.features.served import inputs_of
+from pipelines.features.served import Status, inputs_of
 from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns, instants
 from pipelines.spec import UseCase
 
@@ -41,6 +41,8 @@ class Difference:
 class SkewReport:
     """What an audit found. ``mismatched`` counts predictions, ``by_feature`` their differing values.
 
+    ``imputed`` counts stored values in whose place a fallback put something: the log is the only record of what that
+    was, so they are taken from it, and the columns made of them are recomputed like all others.
     ``pending`` predictions read events that are not drained to the table yet, ``foreign`` ones were made by
     another view or model definition than the present page; neither is checked.
     """
@@ -51,6 +53,7 @@ class SkewReport:
     foreign: int
     by_feature: dict[str, int] = field(default_factory=dict)
     examples: tuple[Difference, ...] = ()
+    imputed: int = 0
 
 
 def audit(
@@ -80,14 +83,17 @@ def audit(
     ready = ours.filter(pc.less_equal(ours.column("sequence"), drained))
     by_feature: Counter[str] = Counter()
     examples: list[Difference] = []
-    mismatched = 0
+    mismatched = imputed = 0
     for generation in sorted(ready.column("generation").unique().to_pylist()):
         part = ready.filter(pc.equal(ready.column("generation"), generation))
         events = _visible(plan, tables, source, version, generations(generation), part)
-        stored = _recompute(plan, events, part)
+        logged = _matrix(part, "stored", len(plan.features))
+        put_in = _matrix(part, "status", len(plan.features)) == Status.IMPUTED
+        imputed += int(put_in.sum())
+        stored = np.where(put_in, logged, _recompute(plan, events, part))
         numeric = _numeric(use_case, stored, part)
         names = (*plan.features, *use_case.model.numeric)
-        served = np.column_stack([_matrix(part, "stored", len(plan.features)), _matrix(part, "numeric", width)])
+        served = np.column_stack([logged, _matrix(part, "numeric", width)])
         served = np.where(np.isfinite(served), served, np.nan)
         again = np.column_stack([stored, numeric])
         again = np.where(np.isfinite(again), again, np.nan)
@@ -107,6 +113,7 @@ def audit(
         foreign=predictions.num_rows - ours.num_rows,
         by_feature=dict(by_feature),
         examples=tuple(examples),
+        imputed=imputed,
     )
 
 

@@ -44,6 +44,11 @@ class Transaction:
         """How many entities have state."""
         return int(self._txn.stat(self._store.entities)["entries"])
 
+    def names(self) -> list[str]:
+        """Every entity that has state, ascending; those whose names are kept by their hash are left out."""
+        keys = self._txn.cursor(db=self._store.entities).iternext(keys=True, values=False)
+        return [bytes(key[1:]).decode() for key in keys if key[:1] == b"="]
+
     def clear(self) -> None:
         """Forgets every entity."""
         self._txn.drop(self._store.entities, delete=False)

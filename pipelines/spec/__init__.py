@@ -1,21 +1,33 @@
 """The vocabulary: frozen specifications without Ray and without I/O. Engines read it; it reads no engine."""
 
 from pipelines.spec.contract import Contract, Field, FieldType
+from pipelines.spec.fallback import Fallback
 from pipelines.spec.features import Calendar, Derived, FeatureView, Fold, Lag, Window
 from pipelines.spec.model import Gate, ModelSpec, Split, Target
+from pipelines.spec.release import CanaryStep, Labels, ReleasePolicy, Shadow
+from pipelines.spec.retraining import DecayRule, DriftRule, RetrainPolicy, SearchSpace
 from pipelines.spec.usecase import UseCase
 
 __all__ = [
     "Calendar",
+    "CanaryStep",
     "Contract",
+    "DecayRule",
     "Derived",
+    "DriftRule",
+    "Fallback",
     "FeatureView",
     "Field",
     "FieldType",
     "Fold",
     "Gate",
+    "Labels",
     "Lag",
     "ModelSpec",
+    "ReleasePolicy",
+    "RetrainPolicy",
+    "SearchSpace",
+    "Shadow",
     "Split",
     "Target",
     "UseCase",

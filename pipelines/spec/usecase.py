@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Self
 
 from pydantic import Field as PydanticField
@@ -9,8 +10,11 @@ from pydantic import model_validator
 
 from pipelines.spec.base import Spec
 from pipelines.spec.contract import Contract, FieldType
+from pipelines.spec.fallback import Fallback
 from pipelines.spec.features import FeatureView
 from pipelines.spec.model import Gate, ModelSpec
+from pipelines.spec.release import ReleasePolicy
+from pipelines.spec.retraining import RetrainPolicy
 
 _NUMBERS = (FieldType.FLOAT, FieldType.INTEGER, FieldType.BOOLEAN)
 
@@ -24,6 +28,9 @@ class UseCase(Spec):
     view: FeatureView
     model: ModelSpec
     gates: tuple[Gate, ...]
+    release: ReleasePolicy = ReleasePolicy()
+    fallback: Fallback | None = None
+    retraining: RetrainPolicy | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -47,6 +54,12 @@ class UseCase(Spec):
             raise ValueError(f"use case {self.name!r}: view {self.view.name!r} has no numeric columns {missing}")
         if missing := sorted(set(self.model.categorical) - strings):
             raise ValueError(f"use case {self.name!r}: categorical {missing} are neither the entity nor string inputs")
+        drift = self.retraining.drift if self.retraining else None
+        if drift and (missing := sorted(set(drift.columns) - {*self.view.stored, *self.model.numeric})):
+            raise ValueError(
+                f"use case {self.name!r}: drift watches {missing}, which are neither stored features nor numeric "
+                "columns of the model, so no answer logs them"
+            )
         if not self.model.target.horizon and not self.contract.delay:
             raise ValueError(
                 f"use case {self.name!r}: with a horizon of zero the contract needs a delay above zero, "
@@ -56,4 +69,20 @@ class UseCase(Spec):
             raise ValueError(f"use case {self.name!r}: the entity {self.contract.entity!r} is given anyway")
         if self.model.target.field in self.view.inputs:
             raise ValueError(f"use case {self.name!r}: the target {self.model.target.field!r} cannot be an input")
+        if self.fallback is not None:
+            self._ladder_fits(self.fallback)
         return self
+
+    def _ladder_fits(self, fallback: Fallback) -> None:
+        field = self.model.target.field
+        longest = max((window.length for window in self.view.windows if window.field == field), default=timedelta(0))
+        if longest < max(fallback.hold, fallback.silence):
+            raise ValueError(
+                f"use case {self.name!r}: the age of {field!r} is known from its windows, whose longest is {longest}; "
+                f"the fallback's hold {fallback.hold} and silence {fallback.silence} must not exceed that"
+            )
+        if fallback.hold < self.view.ttl:
+            raise ValueError(
+                f"use case {self.name!r}: the fallback's hold {fallback.hold} is below the view's ttl {self.view.ttl}, "
+                "so it would hold nothing that is not fresh anyway"
+            )

@@ -1,4 +1,4 @@
-"""A model version on disk: an ONNX graph, safetensors weights and one JSON page; never pickle.
+"""A model version on disk: an ONNX graph, safetensors weights and normals, and one JSON page; never pickle.
 
 ``Runner`` is the only way from columns to answers: validation and the gateway both go through it. Importing
 this module does not import torch; only ``save`` does.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplemented_
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.training.normals import NORMALS, Normals, NormalsError, read_normals
 
 if TYPE_CHECKING:
     from pipelines.training.networks import Network
@@ -48,15 +51,38 @@ class _Page(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Calibration(_Page):
+class HalfWidths(_Page):
     """Half-widths of the interval in units of scale · (transformed target): one for all, and one for each
     entity with enough calibration rows. ``rows`` is how many rows they were taken from.
     """
 
-    coverage: float
     everywhere: float
     by_entity: dict[str, float] = {}
     rows: int
+
+
+class Calibration(HalfWidths):
+    """The half-widths of answers from fresh values, and those of answers from held values and from normals.
+
+    ``held`` and ``normal`` are None in a version without a fallback ladder; they are nowhere narrower than the rung
+    above them.
+    """
+
+    coverage: float
+    held: HalfWidths | None = None
+    normal: HalfWidths | None = None
+
+    def rung(self, level: int) -> HalfWidths | None:
+        """The half-widths of a ``Level``; None where the version was not calibrated for it."""
+        return (self, self.held, self.normal)[level]
+
+
+class Level(IntEnum):
+    """What an answer is made of: the last values (FRESH or HELD), or season's NORMALs in place of some."""
+
+    FRESH = 0
+    HELD = 1
+    NORMAL = 2
 
 
 class Output(_Page):
@@ -143,15 +169,27 @@ class Runner:
         self._given = {entry.name for entry in self._session.get_inputs()}
         self._places = [places_of(vocabulary) for vocabulary in self.artifact.vocabularies.values()]
         self._log = self.artifact.transform == "log"
+        self.normals: Normals | None = None
+        if NORMALS in self.artifact.digests:
+            try:
+                self.normals = read_normals(folder)
+            except NormalsError as error:
+                raise ArtifactError(str(error)) from error
 
     def numeric(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """float64 [n, d]: the numeric columns in the model's order; ``KeyError`` names a missing one."""
         return np.stack([columns[name] for name in self.artifact.numeric], axis=1, dtype=np.float64)
 
-    def predict(self, columns: Mapping[str, np.ndarray], strings: Mapping[str, Strings]) -> Prediction:
+    def predict(
+        self,
+        columns: Mapping[str, np.ndarray],
+        strings: Mapping[str, Strings],
+        level: np.ndarray | None = None,
+    ) -> Prediction:
         """Answers for n rows: float64 ``columns`` [n] by name and the categorical ``strings`` [n] by name.
 
-        Without a calibration the interval is NaN. A missing column raises ``KeyError``.
+        ``level`` [n] is the ``Level`` of each row, by default FRESH. Without a calibration for a row's level its
+        interval is NaN. A missing column raises ``KeyError``.
         """
         artifact = self.artifact
         numeric = self.numeric(columns)
@@ -167,7 +205,7 @@ class Runner:
         (value,) = self._session.run(["value"], {name: feed[name] for name in self._given})
         usable = np.isfinite(value) & (scale > 0) & ((anchor > 0) if self._log else True)
         value = np.where(usable, value, np.nan)
-        half = self._half_widths(strings, rows) * scale
+        half = self._half_widths(strings, rows, level) * scale
         if self._log:
             spread = np.exp(half)
             return Prediction(value, value / spread, value * spread)
@@ -177,14 +215,25 @@ class Runner:
     def _strings(self) -> tuple[str, ...]:
         return self.artifact.categorical
 
-    def _half_widths(self, strings: Mapping[str, Strings], rows: int) -> np.ndarray:
+    def _half_widths(self, strings: Mapping[str, Strings], rows: int, level: np.ndarray | None) -> np.ndarray:
         calibration = self.artifact.calibration
         if calibration is None:
             return np.full(rows, np.nan)
-        if not calibration.by_entity:
-            return np.full(rows, calibration.everywhere)
-        entities = [str(entity) for entity in strings[self.artifact.entity]]
-        return np.array([calibration.by_entity.get(entity, calibration.everywhere) for entity in entities])
+        if level is None or not level.any():
+            return _widths(calibration, strings[self.artifact.entity] if calibration.by_entity else (), rows)
+        entities = np.asarray(strings[self.artifact.entity], dtype=object)
+        found = np.full(rows, np.nan)
+        for rung in Level:
+            mine, widths = level == rung, calibration.rung(rung)
+            if widths is not None and mine.any():
+                found[mine] = _widths(widths, entities[mine], int(mine.sum()))
+        return found
+
+
+def _widths(widths: HalfWidths, entities: Strings, rows: int) -> np.ndarray:
+    if not widths.by_entity:
+        return np.full(rows, widths.everywhere)
+    return np.array([widths.by_entity.get(str(entity), widths.everywhere) for entity in entities])
 
 
 def save(directory: Path | str, network: Network, artifact: Artifact, samples: Mapping[str, np.ndarray]) -> Artifact:
@@ -222,9 +271,10 @@ def save(directory: Path | str, network: Network, artifact: Artifact, samples: M
 
 
 def write_page(directory: Path | str, artifact: Artifact) -> Artifact:
-    """Write ``artifact.json`` with the digests of the files beside it; also used to add the calibration."""
+    """Write ``artifact.json`` with the digests of the files beside it; also used to add normals and calibration."""
     folder = Path(directory)
-    digests = {name: _digest(folder / name) for name in (GRAPH, WEIGHTS)}
+    files = (GRAPH, WEIGHTS, *((NORMALS,) if (folder / NORMALS).exists() else ()))
+    digests = {name: _digest(folder / name) for name in files}
     complete = artifact.model_copy(update={"digests": digests})
     (folder / PAGE).write_text(complete.model_dump_json(indent=2) + "\n")
     return complete
@@ -263,7 +313,7 @@ def load(directory: Path | str) -> Artifact:
         artifact = Artifact.model_validate(document)
     except ValidationError as error:
         raise ArtifactError(f"{path} does not fit its format: {error}") from error
-    for name in (GRAPH, WEIGHTS):
+    for name in (GRAPH, WEIGHTS, *((NORMALS,) if NORMALS in artifact.digests else ())):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} holds no {name}")
         if _digest(folder / name) != artifact.digests.get(name):

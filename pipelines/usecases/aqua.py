@@ -6,15 +6,23 @@ import numpy as np
 
 from pipelines.spec import (
     Calendar,
+    CanaryStep,
     Contract,
     Derived,
+    DriftRule,
+    Fallback,
     FeatureView,
     Field,
     FieldType,
     Fold,
     Gate,
+    Labels,
     Lag,
     ModelSpec,
+    ReleasePolicy,
+    RetrainPolicy,
+    SearchSpace,
+    Shadow,
     Split,
     Target,
     UseCase,
@@ -157,4 +165,16 @@ USE_CASE = UseCase(
         learning_rate=1e-2,
     ),
     gates=(Gate(name="beats_last_week", metric="mae", baseline="last_week", max_ratio=0.95),),
+    release=ReleasePolicy(
+        shadow=Shadow(requests=100, time=HOUR),
+        steps=(CanaryStep(weight=0.1, requests=50, time=3 * HOUR), CanaryStep(weight=0.5, requests=200, time=6 * HOUR)),
+        labels=Labels(days=7),
+    ),
+    retraining=RetrainPolicy(
+        drift=DriftRule(columns=("inflow_mean_1d", "inflow_last_1d", "temperature")),
+        cool_down=timedelta(days=14),
+        search=SearchSpace(learning_rate=(5e-3, 1e-2, 2e-2), epochs=(8, 12), hidden=((64, 64), (128, 64))),
+    ),
+    # Held values answer better than normals for as long as yesterday's readings are in the day's window.
+    fallback=Fallback(hold=DAY, silence=4 * HOUR, zone="Europe/Rome", slots=("hour", "weekend", "month")),
 )  # fmt: skip

@@ -7,13 +7,19 @@ import numpy as np
 from pipelines.spec import (
     Calendar,
     Contract,
+    DecayRule,
     Derived,
+    DriftRule,
     FeatureView,
     Field,
     FieldType,
     Fold,
     Gate,
+    Labels,
     ModelSpec,
+    ReleasePolicy,
+    RetrainPolicy,
+    SearchSpace,
     Split,
     Target,
     UseCase,
@@ -137,4 +143,15 @@ USE_CASE = UseCase(
         batch_size=256,
     ),
     gates=(Gate(name="beats_area_price", metric="mape", baseline="anchor_value", max_ratio=0.95),),
+    release=ReleasePolicy(labels=Labels(days=20, grace=DAY), patience=120 * DAY),
+    retraining=RetrainPolicy(
+        # A few sales a day, and some days none: a longer window, and a limit that a slow rise of prices reaches.
+        decay=DecayRule(metric="mape", days=90, min_days=30, ratio=1.1, outcomes=500, grace=DAY),
+        drift=DriftRule(columns=("log_living", "age", "grade"), by_entity=False, days=60),
+        max_age=366 * DAY,
+        cool_down=30 * DAY,
+        search=SearchSpace(
+            learning_rate=(2e-3, 5e-3, 1e-2), epochs=(20, 30), weight_decay=(1e-4, 1e-2), trials=3, holdout=120 * DAY
+        ),
+    ),
 )  # fmt: skip

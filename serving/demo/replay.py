@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 
@@ -18,9 +20,11 @@ from cluster.clock import ReplayClock
 from pipelines.samples.faults import event_time, records
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
-from serving.client import Client
+from serving.client import Client, TidegateError
 from serving.demo.report import StepFailed
 from serving.wire import Prediction
+
+_CALLERS = 6
 
 
 @dataclass
@@ -34,71 +38,175 @@ class Replayed:
     outcomes: int = 0
     covered: int = 0
     unanswered: int = 0
+    invalid: int = 0
+    failed: int = 0
+    by_version: dict[str, int] = field(default_factory=dict)
     predict_ms: list[float] = field(default_factory=list)
     event_ids: set[str] = field(default_factory=set)
 
 
-def replay(
-    use_case: UseCase,
-    rows: pa.Table,
-    start_us: int,
-    clock: ReplayClock,
-    client: Client,
-    say: Callable[[str], None],
-) -> Replayed:
-    """Replays the rows from ``start_us`` on, ordered by time. Once a day a broken event is sent along."""
-    contract, target = use_case.contract, use_case.model.target
-    horizon = microseconds(target.horizon)
-    moments = dict(_by_moment(use_case, rows, start_us))
-    result = Replayed()
-    waiting: dict[int, list[tuple[str, float, Prediction]]] = {}
-    day = None
+class Replay:
+    """The rows from a moment on, ordered by time, and how far they have been lived through.
 
-    def predict(now: int) -> None:
-        wanted = moments.get(now + horizon, [])
-        if not wanted:
-            return
-        fields = (contract.entity, *use_case.view.inputs)
-        began = time.perf_counter()
-        answers = client.predict([{name: row[name] for name in fields} for row in wanted])
-        result.predict_ms.append((time.perf_counter() - began) * 1e3)
-        result.predictions += len(answers)
-        waiting[now + horizon] = [
-            (answer.prediction_id, row[target.field], answer) for answer, row in zip(answers, wanted, strict=True)
-        ]
+    ``silent`` names entities whose events are held back, ``factors`` those whose target is multiplied. ``alone`` makes
+    every instance a request of its own, sent by several callers at once and ``asks`` times, as a busy day would. Once
+    a day a broken event is sent along.
+    """
 
-    for now in sorted(moments):
-        clock.set(now)
-        events = moments[now]
-        if horizon == 0:
-            predict(now)
+    def __init__(
+        self, use_case: UseCase, rows: pa.Table, start_us: int, clock: ReplayClock, client: Client, caller: Client
+    ) -> None:
+        """``caller`` predicts and sends nothing twice, so that a request that fails is seen to fail."""
+        self.use_case = use_case
+        self.client = client
+        self._caller = caller
+        self.done = Replayed()
+        self.silent: frozenset[str] = frozenset()
+        self.factors: dict[str, float] = {}
+        self.alone = False
+        self.asks = 1
+        self._last: dict[str, tuple[dict[str, Any], Prediction]] = {}
+        self._clock = clock
+        self._moments = dict(_by_moment(use_case, rows, start_us))
+        self._order = sorted(self._moments)
+        self._next = 0
+        self._horizon = microseconds(use_case.model.target.horizon)
+        self._waiting: dict[int, list[tuple[str, float | None, Prediction]]] = {}
+        self._day: int | None = None
+        self._callers = ThreadPoolExecutor(_CALLERS, thread_name_prefix="caller")
+
+    @property
+    def left(self) -> int:
+        """How many moments have not been lived through."""
+        return len(self._order) - self._next
+
+    def begin(self) -> Replayed:
+        """Counts from here on; returns the new counters."""
+        self.done = Replayed()
+        return self.done
+
+    def run(self, moments: int, say: Callable[[str], None]) -> Replayed:
+        """Lives through that many moments (or all that are left)."""
+        count = min(moments, self.left)
+        for number in range(1, count + 1):
+            self.moment()
+            if number % 240 == 0:
+                say(f"    {number:,} of {count:,} moments replayed, {self.done.predictions:,} predictions")
+        return self.done
+
+    def moment(self) -> None:
+        """The next moment: its events, its predictions, and the outcomes that are known by then."""
+        if not self.left:
+            raise StepFailed("the held-out stretch is used up: replay more days")
+        now = self._order[self._next]
+        self._next += 1
+        self._clock.set(now)
+        if not self._horizon:
+            self._predict(now)
+        self._send_events(now)
+        if self._horizon:
+            self._predict(now)
+        self._send_outcomes(now)
+        self.done.moments += 1
+
+    def ask_again(self) -> None:
+        """The last moment's predictions once more: callers do not wait for anything."""
+        if self._next:
+            self._predict(self._order[self._next - 1], remember=False)
+
+    def entities(self) -> list[str]:
+        """The entities that were asked for so far, ascending."""
+        return sorted(self._last)
+
+    def answer(self, entity: str) -> Prediction:
+        """The last answer for an entity."""
+        return self._last[entity][1]
+
+    def instance(self) -> dict[str, Any]:
+        """An instance that was asked for."""
+        return self._last[self.entities()[0]][0]
+
+    def close(self) -> None:
+        """Ends the callers."""
+        self._callers.shutdown()
+
+    def _send_events(self, now: int) -> None:
+        contract, target, done = self.use_case.contract, self.use_case.model.target, self.done
+        events = [event for event in self._rows(now) if event[contract.entity] not in self.silent]
         broken = []
-        if now // 86_400_000_000 != day:
-            day = now // 86_400_000_000
-            broken = [{**events[0], target.field: -1.0}]
-        for status in client.events(events + broken):
+        if now // 86_400_000_000 != self._day:
+            self._day = now // 86_400_000_000
+            broken = [{**self._moments[now][0], target.field: -1.0}]
+        for status in self.client.events(events + broken):
             if status.status == "accepted" and not status.duplicate:
-                result.events += 1
-                result.event_ids.add(status.event_id or "")
+                done.events += 1
+                done.event_ids.add(status.event_id or "")
             elif status.rules == [f"{target.field}.minimum"]:
-                result.refused += 1
+                done.refused += 1
             else:
                 raise StepFailed(f"an event of the replay came back as {status}")
-        if horizon:
-            predict(now)
-        outcomes = {}
-        for identity, actual, answer in waiting.pop(now, []):
+
+    def _rows(self, moment: int) -> list[dict[str, Any]]:
+        """What happens at a moment, with the factors applied."""
+        entity, target = self.use_case.contract.entity, self.use_case.model.target.field
+        rows = self._moments.get(moment, [])
+        if not self.factors:
+            return rows
+        return [
+            {**row, target: row[target] * self.factors.get(row[entity], 1.0)} if row[target] is not None else row
+            for row in rows
+        ]
+
+    def _predict(self, now: int, *, remember: bool = True) -> None:
+        wanted = self._rows(now + self._horizon)
+        if not wanted:
+            return
+        names = (self.use_case.contract.entity, *self.use_case.view.inputs)
+        instances = [{name: row[name] for name in names} for row in wanted]
+        actual = [row[self.use_case.model.target.field] for row in wanted]
+        asked = (
+            [([i], [actual[k]]) for k, i in enumerate(instances)] * self.asks if self.alone else [(instances, actual)]
+        )
+        waiting: list[tuple[str, float | None, Prediction]] = []
+        entity = self.use_case.contract.entity
+        for (given, values), found in zip(asked, self._callers.map(self._ask, [one for one, _ in asked]), strict=True):
+            answers = self._count(*found)
+            self._last |= {i[entity]: (i, answer) for i, answer in zip(given, answers, strict=False)}
+            waiting += [(answer.prediction_id, value, answer) for answer, value in zip(answers, values, strict=False)]
+        if remember:
+            self._waiting[now + self._horizon] = waiting
+
+    def _ask(self, instances: list[dict[str, Any]]) -> tuple[list[Prediction], float]:
+        """The answers, none when the request failed, and how long it took in milliseconds."""
+        began = time.perf_counter()
+        try:
+            answers = self._caller.predict(instances)
+        except (TidegateError, httpx.TransportError):
+            answers = []
+        return answers, (time.perf_counter() - began) * 1e3
+
+    def _count(self, answers: list[Prediction], milliseconds: float) -> list[Prediction]:
+        done, target = self.done, self.use_case.contract.field(self.use_case.model.target.field)
+        done.failed += not answers
+        done.predict_ms.append(milliseconds)
+        done.predictions += len(answers)
+        low = -np.inf if target.minimum is None else target.minimum
+        high = np.inf if target.maximum is None else target.maximum
+        for answer in answers:
+            done.by_version[answer.model_version] = done.by_version.get(answer.model_version, 0) + 1
+            done.invalid += answer.value is None or not low <= answer.value <= high
+        return answers
+
+    def _send_outcomes(self, now: int) -> None:
+        done, outcomes = self.done, {}
+        for identity, actual, answer in self._waiting.pop(now, []):
             if answer.interval is None:
-                result.unanswered += 1
+                done.unanswered += 1
             if actual is not None:
                 outcomes[identity] = actual
-                result.covered += answer.interval is not None and answer.interval[0] <= actual <= answer.interval[1]
+                done.covered += answer.interval is not None and answer.interval[0] <= actual <= answer.interval[1]
         if outcomes:
-            result.outcomes += client.feedback(outcomes)
-        result.moments += 1
-        if result.moments % 240 == 0:
-            say(f"    {result.moments:,} of {len(moments):,} moments replayed, {result.predictions:,} predictions")
-    return result
+            done.outcomes += self.client.feedback(outcomes)
 
 
 def _by_moment(use_case: UseCase, rows: pa.Table, start_us: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:

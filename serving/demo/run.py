@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import sys
@@ -23,6 +24,12 @@ _STEPS = (
     ("gate", "the gate against the baseline"),
     ("serve", "a held-out stretch replayed over HTTP"),
     ("skew", "logged predictions recomputed, bit for bit"),
+)
+# For a use case whose page declares matured labels and a fallback.
+_RELEASE_STEPS = (
+    ("release", "versions tried by the rollout controller under replayed traffic"),
+    ("sensor", "one district's readings stop and come back"),
+    ("retrain", "one district's demand grows: trigger, search, training, gates, rollout"),
 )
 
 
@@ -75,17 +82,34 @@ def _all_steps(usecase: str, settings: Settings, history_days: int | None, repla
     _say(f"report: {report.path}")
 
 
+def _quiet() -> None:
+    """What libraries say of their own progress; their warnings stay."""
+    for name in ("ray.serve", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # which operators of packages it does not have
+
+
 def _run(usecase: str, settings: Settings, report: Report, history_days: int | None, replay_days: int) -> None:
     running = session.up(settings, say=_say)
     from serving.demo.steps import Demo  # after `up`: Serve reads its flags when it is imported
 
+    _quiet()
     demo = Demo.over(usecases.load(usecase), settings, _say, running.http, history_days, replay_days)
-    for name, title in _STEPS:
-        report.run(name, title, getattr(demo, name))
+    try:
+        for name, title in (*_STEPS, *(_RELEASE_STEPS if demo.tries_releases else ())):
+            report.run(name, title, getattr(demo, name))
+    finally:
+        demo.close()
 
 
 def _settings(home: Path) -> Settings:
-    environment = {**os.environ, "TIDEGATE_HOME": str(home.absolute()), "TIDEGATE_CLOCK": "replay"}
+    home = home.absolute()
+    environment = {
+        **os.environ,
+        "TIDEGATE_HOME": str(home),
+        "TIDEGATE_CLOCK": "replay",
+        "TIDEGATE_DRILLS": str(home / "drills.json"),
+    }
     return Settings.from_environment(environment)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.alerts import Alerts
 from cluster.clock import ReplayClock
 from cluster.database import Database
 from cluster.settings import Settings
@@ -24,18 +27,28 @@ from pipelines.features import derived
 from pipelines.features.offline import backfill
 from pipelines.features.online import OnlineState, state_path
 from pipelines.features.served import inputs_of, outcomes_table, predictions_table
-from pipelines.features.skew import audit
+from pipelines.features.skew import SkewReport, audit
 from pipelines.ingest import LoadReport, ingest
+from pipelines.retrain import RetrainReport, retrain
 from pipelines.samples.faults import FaultyFile, event_time, write_faulty_files
 from pipelines.spec import UseCase
-from pipelines.train import train
+from pipelines.train import TrainReport, train
 from serving.app import deploy
 from serving.auth import owner_key
 from serving.client import Client
-from serving.demo.replay import Replayed, replay
+from serving.demo.release import DRILLS, Releases
+from serving.demo.replay import Replay
 from serving.demo.report import expect
+from serving.demo.retraining import retrain_on_drift
+from serving.demo.sensor import sensor_offline
+from serving.rollout.machine import Kind
 
 AUDITED = 500
+DRAFT_EPOCHS = 1
+"""The first champion is a hasty fit of so many epochs, so that the page's own can be seen to be better."""
+SERVED_SHARE = 1 / 4
+"""Of the held-out stretch, before versions are tried on the rest."""
+_TRY_DAYS = 4  # replayed days that a drill may take
 
 
 @dataclass
@@ -48,7 +61,6 @@ class Demo:
     rows: pa.Table
     start_us: int
     url: str
-    replayed: Replayed = field(default_factory=Replayed)
 
     def __post_init__(self) -> None:
         self.tables = Tables(self.settings.tables_url, self.settings.storage_options)
@@ -56,6 +68,7 @@ class Demo:
         self.database.create()
         self.clock = ReplayClock(self.settings.clock_file)
         self.clock.set(self.start_us)
+        self._open = ExitStack()
 
     @classmethod
     def over(
@@ -89,7 +102,7 @@ class Demo:
         middle = history.slice(history.num_rows // 2, 400)
         faulty = write_faulty_files(contract, self.use_case.model.target.field, middle, self.start_us, folder)
 
-        report = self._ingest(str(folder))
+        report = self._ingest(folder)
         expect(report.status == "published", f"the load was {report.status}, not published")
         expect(
             report.rows_in == report.accepted + report.quarantined,
@@ -98,7 +111,7 @@ class Demo:
         expect(report.accepted == history.num_rows, f"{report.accepted} of {history.num_rows} good rows accepted")
         for file in faulty:
             self._expect_quarantined(file, report.by_rule)
-        again = self._ingest(str(folder))
+        again = self._ingest(folder)
         stored = self.tables.read(events_table(self.use_case), columns=[EVENT_ID])
         expect(again.status == "already_published", f"the same load again was {again.status}")
         expect(stored.num_rows == report.accepted, f"{stored.num_rows} rows stored, {report.accepted} accepted")
@@ -110,10 +123,10 @@ class Demo:
             "by_rule": dict(report.by_rule),
         }
 
-    def _ingest(self, folder: str) -> LoadReport:
+    def _ingest(self, folder: Path) -> LoadReport:
         return ingest(
             self.use_case,
-            [folder],
+            [str(folder)],
             tables=self.tables,
             database=self.database,
             settings=self.settings,
@@ -141,13 +154,7 @@ class Demo:
 
     def train(self) -> dict[str, Any]:
         """A version in the registry: trained at a pinned snapshot, calibrated, gated."""
-        self.trained = train(
-            self.use_case,
-            tables=self.tables,
-            database=self.database,
-            settings=self.settings,
-            clock=self.clock,
-        )
+        self.trained = self._train(DRAFT_EPOCHS if self.tries_releases else self.use_case.model.epochs)
         done, test = self.trained, self.trained.validation.test
         return {
             "version": done.version,
@@ -158,6 +165,21 @@ class Demo:
             "interval_coverage": test.coverage,
             "fit_seconds": done.seconds["fit"],
         }
+
+    @property
+    def tries_releases(self) -> bool:
+        """Whether the use case's page says all that the steps after the skew audit need."""
+        return self.use_case.release.labels is not None and self.use_case.fallback is not None
+
+    def _train(self, epochs: int) -> TrainReport:
+        model = self.use_case.model.model_copy(update={"epochs": epochs})
+        return train(
+            self.use_case.model_copy(update={"model": model}),
+            tables=self.tables,
+            database=self.database,
+            settings=self.settings,
+            clock=self.clock,
+        )
 
     def gate(self) -> dict[str, Any]:
         """The version against its baseline on the same rows."""
@@ -176,11 +198,13 @@ class Demo:
         """The held-out stretch over HTTP, through the client."""
         table = deploy(self.use_case.name, self.settings)
         self.say(f"    version {table.champion} answers at {self.url}/v1/{self.use_case.name}")
-        with Client(self.use_case.name, url=self.url, api_key=owner_key(self.settings)) as client:
-            began = time.perf_counter()
-            done = self.replayed = replay(self.use_case, self.rows, self.start_us, self.clock, client, self.say)
-            seconds = time.perf_counter() - began
-            self._wait_for_drain(client)
+        share = SERVED_SHARE if self.tries_releases else 1.0
+        self._open_replay()
+        began = time.perf_counter()
+        done = self.replay.run(round(self.replay.left * share), self.say)
+        seconds = time.perf_counter() - began
+        self._wait_for_drain()
+        expect(done.failed == 0, f"{done.failed} requests failed")
         expect(done.unanswered == 0, f"{done.unanswered} predictions had no value")
         stored = self.tables.read(events_table(self.use_case), columns=[EVENT_ID], filter=pc.field(SEQUENCE) > 0)[
             EVENT_ID
@@ -203,24 +227,94 @@ class Demo:
             "moments_per_s": done.moments / seconds,
         }
 
+    def release(self) -> dict[str, Any]:
+        """Versions that err, are slow, answer NaN, are the same and are better, through the rollout controller."""
+        releases = Releases(self.use_case, self.settings, self.database, self.replay, self.say)
+        self.replay.asks, most = 2, _TRY_DAYS * 24
+        figures: dict[str, Any] = {}
+        for name, drill in DRILLS.items():
+            version = releases.copy_of_champion(drill)
+            harmless = drill is None
+            done = releases.drive(version, most=most, abort_when=releases.last_step_is_complete if harmless else None)
+            expect(done.failed == done.invalid == 0, f"{name}: {done.failed} requests failed, {done.invalid} invalid")
+            wanted = Kind.ABORTED if harmless else Kind.ROLLED_BACK
+            expect(done.outcome == wanted, f"the {name} version ended as {done.outcome}: {done.ended.payload}")
+            figures |= done.figures(name)
+        self.replay.asks = 1
+        better = self._train(self.use_case.model.epochs)
+        expect(better.requested, f"the better version did not pass its gates: {better.validation.text()}")
+        done = releases.drive(better.version, most=self.replay.left)
+        expect(done.failed == done.invalid == 0, f"better: {done.failed} requests failed, {done.invalid} invalid")
+        expect(done.outcome == Kind.PROMOTED, f"the better version ended as {done.outcome}: {done.ended.payload}")
+        return figures | done.figures("better") | {"better_days": done.days}
+
+    def sensor(self) -> dict[str, Any]:
+        """One district's readings stop: answers go on from the fallback ladder, and an alert says so."""
+        began = self.clock.now()
+        figures = sensor_offline(self.use_case, self.replay, Alerts(self.database, self.clock), self.say)
+        self._wait_for_drain()
+        logged = self.tables.read(predictions_table(self.use_case))
+        report = self._audit(logged.filter(pc.greater(logged["_time"].cast(pa.int64()), began)))
+        return figures | {"audited": report.checked, "imputed": report.imputed, "mismatched": report.mismatched}
+
+    def retrain(self) -> dict[str, Any]:
+        """Drift opens a trigger: search, training, gates, release request, rollout."""
+        self._wait_for_drain()
+        releases = Releases(self.use_case, self.settings, self.database, self.replay, self.say)
+        return retrain_on_drift(
+            self.use_case,
+            self.replay,
+            releases,
+            self._retrain,
+            self.database,
+            Alerts(self.database, self.clock),
+            self.say,
+        )
+
+    def _retrain(self) -> RetrainReport:
+        self._wait_for_drain()
+        return retrain(
+            self.use_case,
+            tables=self.tables,
+            database=self.database,
+            settings=self.settings,
+            clock=self.clock,
+        )
+
     def skew(self) -> dict[str, Any]:
         """Logged predictions recomputed offline from what was known then, bit for bit."""
         logged = self.tables.read(predictions_table(self.use_case))
         rng = np.random.default_rng(0)
         chosen = np.sort(rng.choice(logged.num_rows, min(AUDITED, logged.num_rows), replace=False))
-        state = OnlineState(state_path(self.settings, self.use_case), self.use_case)
-        report = audit(self.use_case, logged.take(chosen), tables=self.tables, generations=state.generation)
-        expect(report.mismatched == 0, f"{report.mismatched} of {report.checked} vectors differ: {report.by_feature}")
+        report = self._audit(logged.take(chosen))
         return {
             "checked": report.checked,
             "mismatched": report.mismatched,
             "values": report.checked * (len(self.use_case.view.stored) + len(self.use_case.model.numeric)),
         }
 
-    def _wait_for_drain(self, client: Client) -> None:
+    def close(self) -> None:
+        """Ends what the replay holds."""
+        self._open.close()
+
+    def _audit(self, logged: pa.Table) -> SkewReport:
+        state = OnlineState(state_path(self.settings, self.use_case), self.use_case)
+        report = audit(self.use_case, logged, tables=self.tables, generations=state.generation)
+        state.close()
+        expect(report.mismatched == 0, f"{report.mismatched} of {report.checked} vectors differ: {report.by_feature}")
+        return report
+
+    def _open_replay(self) -> None:
+        key = owner_key(self.settings)
+        client = self._open.enter_context(Client(self.use_case.name, url=self.url, api_key=key))
+        caller = self._open.enter_context(Client(self.use_case.name, url=self.url, api_key=key, retries=0))
+        self.replay = Replay(self.use_case, self.rows, self.start_us, self.clock, client, caller)
+        self._open.callback(self.replay.close)
+
+    def _wait_for_drain(self) -> None:
         deadline = time.monotonic() + 60
         while True:
-            status = client.status()
+            status = self.replay.client.status()
             if not any(stream["pending"] for stream in status["log"].values()):
                 return
             expect(time.monotonic() < deadline, f"the log was not drained within 60 s: {status}")

@@ -23,7 +23,7 @@ from cluster.settings import Settings
 from serving.auth import owner_key
 from serving.client import Client
 
-HISTORY_DAYS, REPLAY_DAYS = 150, 4
+HISTORY_DAYS, REPLAY_DAYS = 430, 45
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DemoRun:
 def tidegate(*arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
     """Starts the command as a user would, away from this process's own Ray settings."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TIDEGATE_"))}
-    environment |= {"TIDEGATE_HTTP_PORT": str(port), "TIDEGATE_DRAIN_SECONDS": "0.5"}
+    environment |= {"TIDEGATE_HTTP_PORT": str(port), "TIDEGATE_DRAIN_SECONDS": "0.5", "TIDEGATE_GATEWAY_REPLICAS": "2"}
     with log.open("ab") as output:
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("tidegate")), *arguments],
@@ -57,7 +57,9 @@ def tidegate(*arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
     folder = tmp_path_factory.mktemp("demo")
     home, log, port = folder / "home", folder / "output.txt", session.free_port()
-    settings = Settings(home=home, clock="replay", http_port=port, drain_seconds=0.5)
+    settings = Settings(
+        home=home, clock="replay", http_port=port, drain_seconds=0.5, gateway_replicas=2, drills=home / "drills.json"
+    )
     size = ["--home", str(home), "--history-days", str(HISTORY_DAYS), "--replay-days", str(REPLAY_DAYS)]
     killed = tidegate("demo", "aqua", *size, port=port, log=log)
     first = _until_first_step(home, settings, killed)
@@ -67,7 +69,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
     log.write_bytes(b"")
     again = tidegate("demo", "aqua", *size, "--keep", port=port, log=log)
     try:
-        code = again.wait(timeout=240)
+        code = again.wait(timeout=480)
         output = log.read_text()
         assert code == 0, output
         assert processes.session_pids(first.environment_marker) == []

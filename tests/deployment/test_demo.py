@@ -9,11 +9,14 @@ import time
 from cluster import processes, session
 from cluster.settings import Settings
 from serving.demo.run import _only_run
+from serving.demo.steps import SERVED_SHARE
 from tests.deployment.conftest import HISTORY_DAYS, REPLAY_DAYS, tidegate
 
 
 def test_every_step_of_the_main_job_succeeds(demo):
-    assert list(demo.steps) == ["contract", "features", "train", "gate", "serve", "skew"]
+    assert list(demo.steps) == [
+        "contract", "features", "train", "gate", "serve", "skew", "release", "sensor",
+    ]  # fmt: skip
     assert all(step["ok"] for step in demo.steps.values())
     assert "report:" in demo.output
 
@@ -36,15 +39,44 @@ def test_the_model_beats_its_baseline_in_the_gate_and_in_the_replay(demo):
     assert demo.steps["gate"]["figures"]["beats_last_week_upper"] < 1
     served = demo.steps["serve"]["figures"]
     assert served["mae_ratio"] < 1
-    assert served["moments"] == REPLAY_DAYS * 24 - 2  # daylight saving and the end of the data in local time
+    assert served["moments"] == round(
+        (REPLAY_DAYS * 24 - 2) * SERVED_SHARE
+    )  # two hours: daylight saving, local midnight
     assert served["events"] == served["moments"] * 10
-    assert served["refused_events"] == REPLAY_DAYS
+    assert served["refused_events"] >= REPLAY_DAYS * SERVED_SHARE
     assert 0.75 < served["interval_coverage"] <= 1
 
 
 def test_no_served_value_differs_from_its_recomputation(demo):
     assert demo.steps["skew"]["figures"]["checked"] == 500
     assert demo.steps["skew"]["figures"]["mismatched"] == 0
+
+
+def test_bad_versions_are_withdrawn_by_their_evidence_and_a_better_one_is_promoted(demo):
+    figures = demo.steps["release"]["figures"]
+    outcomes = {name: figures[f"{name}_outcome"] for name in ("erring", "slow", "nan", "identical", "better")}
+    assert outcomes == {
+        "erring": "rolled_back:errors",
+        "slow": "rolled_back:latency",
+        "nan": "rolled_back:errors",
+        "identical": "aborted",
+        "better": "promoted",
+    }
+    for name in outcomes:
+        assert figures[f"{name}_failed"] == 0
+        assert figures[f"{name}_harmed"] < 25
+        assert figures[f"{name}_zero_weight_s"] < 5
+    assert figures["better_days"] >= 7
+
+
+def test_a_silent_sensor_goes_down_the_ladder_with_wider_intervals_and_an_alert(demo):
+    figures = demo.steps["sensor"]["figures"]
+    assert figures["answers_held"] > 0
+    assert figures["answers_normal"] > 0
+    assert min(figures["interval_held_over_fresh"], figures["interval_normal_over_fresh"]) > 1
+    assert figures["unknown_refused"] is True
+    assert figures["alerts_left_open"] == figures["failed_requests"] == figures["mismatched"] == 0
+    assert figures["imputed"] > 0
 
 
 def test_a_broken_step_is_named_and_nothing_is_left_running(tmp_path):

@@ -68,7 +68,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ask(runner: Runner, given: dict[str, np.ndarray]) -> artifacts.Prediction:
+def ask(runner: Runner, given: dict[str, np.ndarray], level: np.ndarray | None = None) -> artifacts.Prediction:
     columns = dict(zip(NUMERIC, given["numeric"].T, strict=True)) | {
         "level": given["anchor"],
         "spread": given["scale"],
@@ -77,7 +77,7 @@ def ask(runner: Runner, given: dict[str, np.ndarray]) -> artifacts.Prediction:
         name: [("elsewhere", *vocabulary)[code] for code in given["categories"][:, place]]
         for place, (name, vocabulary) in enumerate(VOCABULARIES.items())
     }
-    return runner.predict(columns, strings)
+    return runner.predict(columns, strings, level)
 
 
 @pytest.mark.parametrize("transform", ["identity", "log"])

@@ -133,7 +133,7 @@ def test_a_lease_that_another_took_lets_nothing_be_committed(home: Path) -> None
         still_held()
         leases.release_events(here.database, USE_CASE, "me")
         assert leases.try_events(here.database, USE_CASE, "other")
-        with pytest.raises(leases.LeaseLost, match="run the load again"):
+        with pytest.raises(leases.LeaseLost, match="run it again"):
             still_held()
 
 

@@ -1,0 +1,1 @@
+"""Retraining: conditions that open a trigger, and the cycle that carries it to a release request."""

@@ -1,0 +1,105 @@
+"""How a version is released: shadow, canary steps, guardrails and what it takes to be promoted.
+
+The engines are in ``serving.rollout``. A rollout runs under the policy it was started with, whatever the page says
+later.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Self
+
+from pydantic import Field as PydanticField
+from pydantic import model_validator
+
+from pipelines.spec.base import Spec
+
+GUARDRAILS = ("errors", "latency", "disagreement", "quality", "sample_ratio")
+"""Every guardrail with an error probability of its own; the cap on harmed answers needs none."""
+
+
+class Shadow(Spec):
+    """Copies of ``share`` of the requests go to the challenger; nobody waits for them, all through the rollout.
+
+    The first stage ends when ``requests`` copies were judged and ``time`` has passed on the cluster's clock.
+    """
+
+    share: float = PydanticField(default=1.0, ge=0, le=1)
+    requests: int = PydanticField(default=200, ge=1)
+    time: timedelta = timedelta(minutes=10)
+
+
+class CanaryStep(Spec):
+    """The challenger answers ``weight`` of the instances, until ``requests`` were judged and ``time`` has passed."""
+
+    weight: float = PydanticField(gt=0, le=0.5)
+    requests: int = PydanticField(default=200, ge=1)
+    time: timedelta = timedelta(minutes=30)
+
+
+class Labels(Spec):
+    """What matured outcomes must show before promotion.
+
+    Losses of both versions on the same instances are compared by UTC day of the request, in units of the champion's
+    interval half-width; a day's mean difference is clipped at ``clip`` of these. A version is promoted when the
+    hypothesis that it is worse by ``margin`` (in the same units) is refuted at ``confidence`` over at least ``days``
+    complete days, and withdrawn when it is shown to be worse by more. A day is complete ``grace`` after its last
+    outcome was due.
+    """
+
+    margin: float = PydanticField(default=0.02, gt=0)
+    clip: float = PydanticField(default=0.08, gt=0)
+    confidence: float = PydanticField(default=0.95, gt=0, lt=1)
+    days: int = PydanticField(default=7, ge=1)
+    grace: timedelta = timedelta(hours=1)
+
+    @model_validator(mode="after")
+    def _margin_lies_inside(self) -> Self:
+        if self.margin >= self.clip:
+            raise ValueError(f"a margin of {self.margin} cannot be seen when differences are clipped at {self.clip}")
+        return self
+
+
+class ReleasePolicy(Spec):
+    """Everything a rollout is held to.
+
+    ``alpha`` is the probability of ever withdrawing a version that is as good as the champion, split over the
+    guardrails by ``split`` (equally when empty). ``tolerance`` is the excess over the champion's rate of errors or
+    slow calls that is put up with. A call is slow above ``slow_factor`` times the champion's median time inside the
+    runner, at least ``slow_floor_ms``. Two answers disagree when they are further apart than the champion's interval
+    half-width; ``disagreement`` is the declared rate of that. After ``harm_cap`` harmed answers (the champion had to
+    step in for the challenger) the challenger is withdrawn at once. A caller's request waits for the challenger at
+    most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails alone. A rollout that is not
+    decided within ``patience`` ends as inconclusive.
+    """
+
+    shadow: Shadow = Shadow()
+    steps: tuple[CanaryStep, ...] = (CanaryStep(weight=0.1), CanaryStep(weight=0.5))
+    alpha: float = PydanticField(default=0.01, gt=0, lt=1)
+    split: dict[str, float] = PydanticField(default_factory=dict)
+    tolerance: float = PydanticField(default=0.25, ge=0)
+    slow_factor: float = PydanticField(default=5.0, gt=1)
+    slow_floor_ms: float = PydanticField(default=0.5, ge=0)
+    disagreement: float = PydanticField(default=0.1, gt=0, lt=1)
+    harm_cap: int = PydanticField(default=25, ge=1)
+    deadline_ms: float = PydanticField(default=250.0, gt=0)
+    labels: Labels | None = None
+    approval: bool = False
+    patience: timedelta = timedelta(days=30)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        weights = [step.weight for step in self.steps]
+        if not weights or weights != sorted(set(weights)):
+            raise ValueError(f"canary steps need rising weights, at least one; found {weights}")
+        if odd := sorted(set(self.split) - set(GUARDRAILS)):
+            raise ValueError(f"alpha is split over unknown guardrails {odd}; there are {list(GUARDRAILS)}")
+        if self.split and (set(self.split) != set(GUARDRAILS) or min(self.split.values()) <= 0):
+            raise ValueError(f"a split of alpha gives each of {list(GUARDRAILS)} a share above zero")
+        if self.split and sum(self.split.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares of alpha add up to {sum(self.split.values())}, more than 1")
+        return self
+
+    def alpha_of(self, guardrail: str) -> float:
+        """The error probability of one guardrail."""
+        return self.alpha * (self.split[guardrail] if self.split else 1 / len(GUARDRAILS))

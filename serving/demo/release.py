@@ -1,0 +1,143 @@
+"""The release step of the demo: versions that err, are slow, answer NaN, are the same or are better go through the
+rollout controller under replayed traffic, and the scoreboard says what became of each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.database import Database, JournalEntry
+from cluster.settings import Settings
+from pipelines.spec import UseCase
+from pipelines.training.registry import Registry
+from serving.client import Client
+from serving.demo.replay import Replay
+from serving.demo.report import expect
+from serving.drills import Drill, register_copy
+from serving.rollout.journal import Journal
+from serving.rollout.machine import Kind
+
+DRILLS = {
+    "erring": Drill(errors=0.05),
+    "slow": Drill(slower=10.0),
+    "nan": Drill(nan=1.0),
+    "identical": None,
+}
+_ENDS = (Kind.PROMOTED, Kind.ROLLED_BACK, Kind.FAILED, Kind.ABORTED, Kind.INCONCLUSIVE)
+_MACHINERY_S = 120.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of one rollout."""
+
+    version: str
+    outcome: str
+    guardrail: str | None
+    challenger_requests: int
+    days: int
+    harmed: int
+    failed: int
+    invalid: int
+    zero_weight_s: float | None
+    seconds: float
+    ended: JournalEntry
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """Its line of the scoreboard."""
+        return {
+            f"{name}_outcome": self.outcome if self.guardrail is None else f"{self.outcome}:{self.guardrail}",
+            f"{name}_challenger_requests": self.challenger_requests,
+            f"{name}_zero_weight_s": self.zero_weight_s,
+            f"{name}_harmed": self.harmed,
+            f"{name}_failed": self.failed,
+        }
+
+
+class Releases:
+    """Tries versions one after the other under the replay's traffic."""
+
+    def __init__(
+        self, use_case: UseCase, settings: Settings, database: Database, replay: Replay, say: Callable[[str], None]
+    ) -> None:
+        self._use_case = use_case
+        self._settings = settings
+        self._database = database
+        self._registry = Registry(settings)
+        self._journal = Journal(database, use_case.name)
+        self._replay = replay
+        self._client: Client = replay.client
+        self._say = say
+
+    def copy_of_champion(self, drill: Drill | None) -> str:
+        """Registers the champion's artifact once more, with ``drill`` on its runner, and asks for its release."""
+        champion = str(self._client.rollout().champion)
+        version = register_copy(self._use_case.name, champion, drill, self._registry, self._settings)
+        self._client.rollout_start(version, reason="a drill")
+        return version
+
+    def drive(self, version: str, *, most: int, abort_when: Callable[[], bool] | None = None) -> Tried:
+        """Replays until the rollout of ``version`` is over, at most ``most`` moments.
+
+        While the challenger starts or leaves, time stands still and callers go on asking.
+        """
+        done, began, moments, aborted = self._replay.begin(), time.perf_counter(), 0, False
+        self._replay.alone = True
+        waited = time.monotonic()
+        while True:
+            status = self._client.rollout()
+            if status.ended == version and status.phase == "idle":
+                break
+            if status.challenger == version and status.phase in ("shadow", "canary"):
+                expect(moments < most, f"version {version} was not decided within {most} moments: {status}")
+                if not aborted and abort_when is not None and abort_when():
+                    self._client.rollout_command("abort", "the drill is over; nothing was wrong with this version")
+                    aborted = True
+                    continue
+                self._replay.moment()
+                moments += 1
+                waited = time.monotonic()
+            else:
+                expect(time.monotonic() - waited < _MACHINERY_S, f"the release stands still: {status}")
+                self._replay.ask_again()
+        seconds = time.perf_counter() - began
+        self._replay.alone = False
+        return self._tried(version, done.failed, done.invalid, seconds)
+
+    def last_step_is_complete(self) -> bool:
+        """Whether the challenger has gone through every stage and only its outcomes are awaited."""
+        status = self._client.rollout()
+        return status.step == len(self._use_case.release.steps) - 1 and "days with matured" in (status.reason or "")
+
+    def _tried(self, version: str, failed: int, invalid: int, seconds: float) -> Tried:
+        entries = self._journal.read()
+        started = max(i for i, e in enumerate(entries) if e.kind == Kind.STARTED and e.payload["version"] == version)
+        mine = entries[started:]
+        ended = next(entry for entry in mine if entry.kind in _ENDS)
+        withdrawn = next(entry for entry in mine if entry.kind == Kind.WITHDRAWN)
+        situation = self._client.rollout().evidence
+        decided = ended.payload
+        if ended.kind == Kind.PROMOTED:
+            decided = next(entry for entry in mine if entry.kind == Kind.PROMOTION_BEGUN).payload
+        tried = Tried(
+            version=version,
+            outcome=ended.kind,
+            guardrail=ended.payload.get("guardrail"),
+            challenger_requests=decided.get("challenger_requests", situation.challenger_requests),
+            days=situation.days,
+            harmed=situation.harmed,
+            failed=failed,
+            invalid=invalid,
+            zero_weight_s=withdrawn.payload["zero_weight_s"],
+            seconds=seconds,
+            ended=ended,
+        )
+        said = decided.get("reason", "")
+        self._say(
+            f"    version {version}: {tried.outcome} ({said}); {tried.challenger_requests} challenger requests, "
+            f"{tried.harmed} harmed, {tried.failed} failed, zero weight after {tried.zero_weight_s} s, {seconds:.0f} s"
+        )
+        return tried

@@ -1,0 +1,96 @@
+"""Faults on purpose: a drill wraps the runner of a challenger, so that a rollout can be seen to withdraw it.
+
+``TIDEGATE_DRILLS`` names a JSON file, ``{usecase: {version: drill}}``. Only a challenger's own application reads it;
+champions are never drilled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.settings import Settings
+from pipelines.training.artifact import Artifact, Prediction, Runner, Strings
+from pipelines.training.registry import Registry
+
+
+class DrillError(RuntimeError):
+    """The error that an erring drill raises."""
+
+
+class Drill(BaseModel):
+    """What goes wrong: a share of calls raise, every call takes ``slower`` times as long, or answers are NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    errors: float = Field(default=0.0, ge=0, le=1)
+    slower: float = Field(default=1.0, ge=1)
+    nan: float = Field(default=0.0, ge=0, le=1)
+
+
+class DrilledRunner:
+    """A runner with a fault; everything else is the runner's own."""
+
+    def __init__(self, runner: Runner, drill: Drill) -> None:
+        self._runner, self._drill, self._random = runner, drill, random.Random(0)
+
+    @property
+    def artifact(self) -> Artifact:
+        """The page of the version."""
+        return self._runner.artifact
+
+    def predict(
+        self, columns: Mapping[str, np.ndarray], strings: Mapping[str, Strings], level: np.ndarray | None = None
+    ) -> Prediction:
+        """``Runner.predict``, with the drill's fault."""
+        began = time.perf_counter()
+        found = self._runner.predict(columns, strings, level)
+        if self._random.random() < self._drill.errors:
+            raise DrillError("this version was told to err")
+        if self._random.random() < self._drill.nan:
+            nothing = np.full(len(found.value), np.nan)
+            found = Prediction(nothing, nothing, nothing)
+        took = time.perf_counter() - began
+        if self._drill.slower > 1:
+            time.sleep(took * (self._drill.slower - 1))
+        return found
+
+
+def drill_of(path: Path | None, usecase: str, version: str) -> Drill | None:
+    """The drill for a version, None when there is none; ``ValueError`` for a file of another form."""
+    if path is None or not path.exists():
+        return None
+    document = json.loads(path.read_text())
+    if not isinstance(document, dict) or not all(isinstance(versions, dict) for versions in document.values()):
+        raise ValueError(f"{path} must hold {{usecase: {{version: drill}}}}")
+    found = document.get(usecase, {}).get(version)
+    return None if found is None else Drill.model_validate(found)
+
+
+def register_copy(usecase: str, champion: str, drill: Drill | None, registry: Registry, settings: Settings) -> str:
+    """A registered version with the champion's artifact and gates, and ``drill`` put on its runner; its number.
+
+    Raises ``ValueError`` when a drill is wanted and TIDEGATE_DRILLS is not set.
+    """
+    source = registry.version(usecase, champion)
+    folder = registry.download(usecase, champion, settings.cache_dir / "models")
+    made = registry.register(
+        folder,
+        gates=json.loads(source.tags["gates"]),
+        gates_passed=source.gates_passed,
+        params={"copy_of": champion},
+        metrics={},
+    )
+    if drill is not None:
+        if settings.drills is None:
+            raise ValueError("a drill needs TIDEGATE_DRILLS, the file that challengers read their faults from")
+        drills = json.loads(settings.drills.read_text()) if settings.drills.exists() else {}
+        drills.setdefault(usecase, {})[made.version] = drill.model_dump()
+        settings.drills.write_text(json.dumps(drills))
+    return made.version

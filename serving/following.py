@@ -1,0 +1,220 @@
+"""How a gateway follows the controller: one thread brings evidence and takes newer routing tables.
+
+Without the controller the last table goes on answering and the database is asked instead. A newer table is loaded
+and warmed beside the old one and takes effect in one assignment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.serve.exceptions import RayServeException
+from sqlalchemy.exc import OperationalError
+
+from cluster.clock import SystemClock
+from cluster.database import Database
+from cluster.settings import Settings
+from pipelines.spec import UseCase
+from serving import routing
+from serving.challenger import Asker
+from serving.rollout.actor import handle
+from serving.rollout.world import gateway_lease
+from serving.routing import RoutingTable
+from serving.runner import LoadedVersion, VersionRefused, load_version
+from serving.trial import Tally, Trial
+
+logger = logging.getLogger(__name__)
+
+_REPORT_S = 0.2
+_LONG_POLL_S = 5.0
+_WITHOUT_CONTROLLER_S = 0.5
+_LEASE_S, _RENEW_S = 15.0, 4.0
+_CALL_S = 10.0
+_ASKER_READY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What answers now."""
+
+    table: RoutingTable
+    champion: LoadedVersion
+    trial: Trial | None = None
+
+
+class Follower:
+    """Keeps ``serving`` up to the newest routing table; ``close`` ends it."""
+
+    def __init__(
+        self, use_case: UseCase, settings: Settings, database: Database, warm: Callable[[LoadedVersion], None]
+    ) -> None:
+        """Raises ``RuntimeError`` before the first champion, ``VersionRefused`` when it does not load."""
+        table = routing.read(database, use_case.name)
+        if table is None:
+            raise RuntimeError(f"{use_case.name!r} has no champion: release a version before its gateway starts")
+        self.gateway = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
+        self.failure: str | None = None
+        self._use_case, self._settings, self._database, self._warm = use_case, settings, database, warm
+        self._tally = Tally(self.gateway)
+        self._loaded = {table.champion: self._load(table.champion)}
+        self._refused: dict[str, str] = {}
+        self._loading: dict[str, Future[LoadedVersion]] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._asker: Asker | None = None
+        self._leaving: list[tuple[float, Asker]] = []
+        self._actor: Any = None
+        self._renewed = -_RENEW_S
+        self._stop = threading.Event()
+        # The challenger of this first table, if any, comes with the first turn.
+        self.serving = Serving(table, self._loaded[table.champion])
+        self._thread = threading.Thread(target=self._follow, name="following", daemon=True)
+        self._thread.start()
+
+    def alive(self) -> bool:
+        """Whether the thread still follows."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Sends what was counted, gives the lease back and stops."""
+        self._stop.set()
+        self._thread.join(timeout=_CALL_S)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        try:
+            self._database.release_lease(gateway_lease(self._use_case.name, self.gateway), self.gateway)
+        except OperationalError as error:
+            logger.warning("the lease of gateway %s was not given back: %s", self.gateway, error)
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._renew()
+                newest = self._exchange()
+            except OperationalError as error:
+                self.failure = f"the database does not answer: {error}"
+                self._stop.wait(_WITHOUT_CONTROLLER_S)
+                continue
+            self._prepare()
+            try:
+                self._apply(newest or self.serving.table)
+                self.failure = None
+            except VersionRefused as error:
+                self.failure = str(error)  # the last table goes on answering; readiness reports why
+            self._let_go()
+
+    def _exchange(self) -> RoutingTable | None:
+        """A newer table, or None; from the controller, or without it from the database."""
+        report = self._tally.report()
+        busy = self.serving.trial is not None or bool(self._loading) or self._wants_trial()
+        wait_s = _REPORT_S if busy else _LONG_POLL_S
+        try:
+            self._actor = self._actor or handle(self._use_case.name)
+            found = ray.get(
+                self._actor.exchange.remote(
+                    self.gateway,
+                    self.serving.table.epoch,
+                    sorted(self._loaded),
+                    dict(self._refused),
+                    report.model_dump(mode="json") if report else None,
+                    wait_s,
+                ),
+                timeout=wait_s + _CALL_S,
+            )
+        except (RayError, GetTimeoutError, ValueError) as error:
+            logger.warning("the rollout controller of %s does not answer: %s", self._use_case.name, error)
+            self._actor = None
+            self._stop.wait(_WITHOUT_CONTROLLER_S)
+            newest = routing.read(self._database, self._use_case.name)
+            return newest if newest is not None and newest.epoch > self.serving.table.epoch else None
+        if report is not None:
+            self._tally.acknowledged()
+        return None if found is None else RoutingTable.model_validate(found)
+
+    def _prepare(self) -> None:
+        """Loads, in a thread beside this one, what the table wants to be ready."""
+        for version in self.serving.table.versions - self._loaded.keys() - self._loading.keys() - self._refused.keys():
+            self._loading[version] = self._loader.submit(self._load, version)
+        for version, future in list(self._loading.items()):
+            if future.done():
+                del self._loading[version]
+                try:
+                    self._loaded[version] = future.result()
+                except VersionRefused as error:
+                    self._refused[version] = str(error)
+
+    def _apply(self, table: RoutingTable) -> None:
+        now = self.serving
+        if table.epoch < now.table.epoch:
+            raise AssertionError(f"epoch {table.epoch} came after {now.table.epoch}")
+        if table.champion not in self._loaded:
+            self._loaded[table.champion] = self._load(table.champion)
+        champion = self._loaded[table.champion]
+        trial = self._trial(table, champion)
+        if table is not now.table or trial is not now.trial:
+            self.serving = Serving(table, champion, trial)
+        kept = table.versions
+        self._loaded = {version: loaded for version, loaded in self._loaded.items() if version in kept}
+        self._refused = {version: why for version, why in self._refused.items() if version in kept}
+
+    def _trial(self, table: RoutingTable, champion: LoadedVersion) -> Trial | None:
+        """The trial that the table calls for; None as long as its challenger cannot be asked."""
+        wanted, trial = table.challenger, self.serving.trial
+        if trial is not None and (wanted is None or wanted.rollout != trial.challenger.rollout):
+            self._leave()
+            trial = None
+        if wanted is None:
+            return None
+        if trial is not None:
+            trial.follow(wanted)
+            return trial
+        try:
+            asker = Asker(self._use_case.name, wanted.version)
+        except RayServeException:
+            return None  # Serve does not know the application yet, or no more
+        if not asker.ready(_ASKER_READY_S):
+            asker.close()
+            return None
+        self._asker = asker
+        target = self._use_case.contract.field(self._use_case.model.target.field)
+        low = -float("inf") if target.minimum is None else target.minimum
+        high = float("inf") if target.maximum is None else target.maximum
+        # Fixed for the whole rollout, from the champion's past on this node, so both versions are held to one limit.
+        slow_s = max(wanted.slow_factor * champion.median_s(), wanted.slow_floor_ms / 1e3)
+        return Trial(wanted, asker.ask, slow_s, self._tally, (low, high))
+
+    def _wants_trial(self) -> bool:
+        return self.serving.table.challenger is not None and self.serving.trial is None
+
+    def _leave(self) -> None:
+        """Drops the challenger's handle, but not under requests that are still waiting for it."""
+        if self._asker is not None:
+            self._leaving.append((time.monotonic() + 5.0, self._asker))
+            self._asker = None
+
+    def _let_go(self) -> None:
+        for entry in [e for e in self._leaving if e[0] <= time.monotonic()]:
+            self._leaving.remove(entry)
+            entry[1].close()
+
+    def _load(self, version: str) -> LoadedVersion:
+        loaded = load_version(self._use_case, version, self._settings)
+        self._warm(loaded)
+        return loaded
+
+    def _renew(self) -> None:
+        """Leases end in real time, also under a replay clock: they tell who is alive."""
+        if time.monotonic() - self._renewed < _RENEW_S:
+            return
+        name = gateway_lease(self._use_case.name, self.gateway)
+        self._database.acquire_lease(name, self.gateway, _LEASE_S, SystemClock().now())
+        self._renewed = time.monotonic()

@@ -1,0 +1,399 @@
+"""The rollout controller of one use case: takes evidence in, decides, and makes the world what the state requires.
+
+Every event is journalled before anything is done about it, and every effect may be repeated, so a controller that is
+killed between any two of them goes on where it was. It never stands in a request's way: gateways keep their last
+table without it. The Ray actor around it is ``serving.rollout.actor``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any, Protocol
+
+from cluster.clock import Clock
+from cluster.database import ReleaseRequest, StaleEpoch, StaleJournal
+from pipelines.spec import ReleasePolicy, UseCase
+from pipelines.validation.paired import PairedDay
+from serving.rollout.evidence import Report
+from serving.rollout.journal import Journal, Situation, replay
+from serving.rollout.judge import Action, Verdict, judge, measure
+from serving.rollout.machine import Effect, Kind, NotAllowed, Phase, State, required
+from serving.routing import Challenger, RoutingTable
+
+START_TIMEOUT_S = 180.0
+PROMOTE_TIMEOUT_S = 90.0
+_APPLY_TIMEOUT_S = 15.0
+_LOOK_EVERY_S = 2.0
+_TRIED = (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
+
+
+class Standing(StrEnum):
+    """Where a challenger's application stands."""
+
+    ABSENT = "absent"
+    STARTING = "starting"
+    RUNNING = "running"
+    FAILED = "failed"
+
+
+class World(Protocol):
+    """What the controller acts on. Nothing here waits for long; every call may be repeated."""
+
+    def table(self) -> RoutingTable | None:
+        """The routing table in force."""
+        ...
+
+    def publish(self, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
+        """Puts a table in force; raises ``StaleEpoch``."""
+        ...
+
+    def deploy(self, version: str) -> None:
+        """Has the challenger's application started."""
+        ...
+
+    def withdraw(self, version: str) -> None:
+        """Has it removed."""
+        ...
+
+    def standing(self, version: str) -> tuple[Standing, str]:
+        """Where it stands, and why."""
+        ...
+
+    def close(self, version: str, outcome: str) -> None:
+        """Writes the outcome into the release request."""
+        ...
+
+    def show(self, aliases: dict[str, str]) -> None:
+        """Shows the versions in the registry."""
+        ...
+
+    def next_request(self) -> ReleaseRequest | None:
+        """The oldest release request, claimed."""
+        ...
+
+    def gateways(self) -> list[str]:
+        """The gateways that hold a lease."""
+        ...
+
+
+class Controller:
+    """One use case's rollouts. Safe to call from several threads; ``turn`` is to be called again and again."""
+
+    def __init__(
+        self,
+        use_case: UseCase,
+        journal: Journal,
+        world: World,
+        clock: Clock,
+        real: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._use_case = use_case
+        self._journal = journal
+        self._world = world
+        self._clock = clock
+        self._real = real  # time-outs of machinery are real time, also under a replay clock
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self.situation = replay(journal.read())
+        self.table = world.table()
+        self._made_true: State | None = None
+        self._entered = real()
+        self._looked = -_LOOK_EVERY_S
+        self._applied: dict[str, int] = {}
+        self._prepared: dict[str, set[str]] = {}
+        self._unrouted_s: float | None = None
+
+    @property
+    def state(self) -> State:
+        """The state after the last journalled event."""
+        return self.situation.state
+
+    def exchange(
+        self,
+        gateway: str,
+        epoch: int,
+        prepared: list[str],
+        refused: dict[str, str],
+        report: dict[str, Any] | None,
+        wait_s: float,
+    ) -> dict[str, Any] | None:
+        """A gateway's call: takes its report, and answers with a newer table or, after ``wait_s``, with None.
+
+        ``epoch`` is the table it follows, ``prepared`` the versions it has loaded, ``refused`` those it could not load.
+        When this returns, the report is journalled.
+        """
+        with self._lock:
+            self._applied[gateway], self._prepared[gateway] = epoch, set(prepared)
+            if report is not None:
+                self._take(Report.model_validate(report))
+            if self.state.phase is Phase.PROMOTING and self.state.challenger in refused:
+                reason = refused[self.state.challenger]
+                self._record(Kind.FAILED, {"reason": f"gateway {gateway} cannot load it: {reason}"})
+            self._changed.notify_all()
+            until = self._real() + wait_s
+            while (self.table is None or self.table.epoch <= epoch) and (left := until - self._real()) > 0:
+                self._changed.wait(left)
+            newer = self.table is not None and self.table.epoch > epoch
+            return self.table.model_dump(mode="json") if newer and self.table is not None else None
+
+    def command(self, name: str, by: str, reason: str = "") -> dict[str, Any]:
+        """An operator's word: pause, resume, approve or abort; raises ``NotAllowed`` when it does not fit."""
+        kinds = {"pause": Kind.PAUSED, "resume": Kind.RESUMED, "approve": Kind.APPROVED, "abort": Kind.ABORTED}
+        if name not in kinds:
+            raise NotAllowed(f"{name!r} is none of {', '.join(kinds)}")
+        with self._lock:
+            self._record(kinds[name], {"by": by, "reason": reason})
+            self._route()
+            return self.status()
+
+    def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:
+        """The complete days of a rollout with matured outcomes; nothing happens when they are known."""
+        with self._lock:
+            fits = self.state.phase in _TRIED and self.state.rollout == rollout
+            if fits and days != self.situation.evidence.days:
+                self._record(Kind.LABELS, {"days": [asdict(day) for day in days]})
+                self._judge()
+
+    def status(self) -> dict[str, Any]:
+        """State, evidence and what the judge says of it."""
+        with self._lock:
+            return describe(self.situation, self._clock.now()) | {"epoch": self.table.epoch if self.table else 0}
+
+    def turn(self) -> None:
+        """Makes the world what the state requires, looks at it, and decides."""
+        with self._lock:
+            self._perform()
+            self._observe()
+            self._judge()
+            self._perform()
+
+    # What follows is called with the lock held.
+
+    def _record(self, kind: Kind, payload: dict[str, Any]) -> None:
+        before = self.state
+        try:
+            self.situation = self._journal.append(self.situation, kind, payload, self._clock.now())
+        except StaleJournal:
+            self.situation = replay(self._journal.read())  # another controller decided: its word counts
+            self._made_true = None
+            raise
+        if self.state != before:
+            self._entered, self._looked = self._real(), -_LOOK_EVERY_S
+            self._changed.notify_all()
+
+    def _take(self, report: Report) -> None:
+        if report.rollout != self.state.rollout or self.state.phase not in (*_TRIED, Phase.WITHDRAWING):
+            return  # counted for a rollout that is over
+        if self.situation.evidence.is_next(report):
+            self._record(Kind.EVIDENCE, report.model_dump(mode="json"))
+            self._judge()
+
+    def _judge(self) -> None:
+        if self.state.phase not in _TRIED:
+            return
+        situation = self.situation
+        verdict = judge(situation.policy, situation.state, situation.evidence, self._clock.now())
+        if verdict.action is not Action.HOLD:
+            self._record(_DECIDED[verdict.action], _payload(verdict, situation))
+            self._route()
+
+    def _perform(self) -> None:
+        state = self.state
+        if state == self._made_true:
+            return
+        for effect in required(state):
+            match effect:
+                case Effect.ROUTE:
+                    self._route()
+                case Effect.DEPLOY:
+                    self._world.deploy(state.challenger or "")
+                case Effect.WITHDRAW:
+                    self._world.withdraw(state.challenger or "")
+                case Effect.CLOSE:
+                    if state.ended is not None and state.outcome is not None:
+                        self._world.close(state.ended, state.outcome)
+                case Effect.SHOW:
+                    self._world.show(aliases(state))
+        self._made_true = state
+
+    def _route(self) -> None:
+        wanted = document(self._use_case, self.situation)
+        if wanted is None:
+            return
+        try:
+            self.table = self._world.publish(self.table, wanted)
+        except StaleEpoch:
+            self.table = self._world.table()
+            raise
+        self._changed.notify_all()
+
+    def _observe(self) -> None:
+        state = self.state
+        match state.phase:
+            case Phase.EMPTY | Phase.IDLE:
+                if (request := self._world.next_request()) is not None:
+                    self._begin(request)
+            case Phase.STARTING:
+                self._observe_start(state)
+            case Phase.SHADOW | Phase.CANARY:
+                self._observe_trial(state)
+            case Phase.PROMOTING:
+                self._observe_promotion(state)
+            case Phase.WITHDRAWING:
+                self._observe_withdrawal(state)
+
+    def _begin(self, request: ReleaseRequest) -> None:
+        if self.state.phase is Phase.EMPTY:
+            self._record(Kind.ADOPTED, {"version": request.version, **request.payload})
+            return
+        given = request.payload.get("policy")
+        policy = self._use_case.release if given is None else ReleasePolicy.model_validate(given)
+        self._record(
+            Kind.STARTED,
+            {
+                "version": request.version,
+                "champion": self.state.champion,
+                "weights": [step.weight for step in policy.steps],
+                "policy": policy.model_dump(mode="json"),
+                "request": request.payload,
+            },
+        )
+
+    def _observe_start(self, state: State) -> None:
+        standing, why = self._world.standing(state.challenger or "")
+        if standing is Standing.RUNNING:
+            self._record(Kind.READY, {})
+        elif standing is Standing.FAILED:
+            self._record(Kind.FAILED, {"reason": why})
+        elif self._since_entered() > START_TIMEOUT_S:
+            self._record(Kind.FAILED, {"reason": f"it did not start within {START_TIMEOUT_S:g} s: {why}"})
+
+    def _observe_trial(self, state: State) -> None:
+        if self._real() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = self._real()
+        if self._world.standing(state.challenger or "")[0] is Standing.ABSENT:
+            self._record(Kind.FAILED, {"reason": "its application is gone"})
+
+    def _observe_promotion(self, state: State) -> None:
+        live = self._world.gateways()
+        waiting = [gateway for gateway in live if state.challenger not in self._prepared.get(gateway, ())]
+        if live and not waiting:
+            self._record(Kind.PROMOTED, {"gateways": live, "replaced": state.champion})
+        elif self._since_entered() > PROMOTE_TIMEOUT_S:
+            reason = f"not loaded within {PROMOTE_TIMEOUT_S:g} s by {waiting or 'any gateway: none is alive'}"
+            self._record(Kind.FAILED, {"reason": reason})
+
+    def _observe_withdrawal(self, state: State) -> None:
+        if self._unrouted_s is None:
+            followed = all(self._applied.get(g, 0) >= self._epoch() for g in self._world.gateways())
+            if followed or self._since_entered() > _APPLY_TIMEOUT_S:
+                self._unrouted_s = self._since_entered()
+        gone = self._world.standing(state.challenger or "")[0] is Standing.ABSENT
+        if gone and self._unrouted_s is not None:
+            self._record(Kind.WITHDRAWN, {"zero_weight_s": round(self._unrouted_s, 4)})
+            self._unrouted_s = None
+
+    def _epoch(self) -> int:
+        return self.table.epoch if self.table is not None else 0
+
+    def _since_entered(self) -> float:
+        return self._real() - self._entered
+
+
+_DECIDED = {
+    Action.ADVANCE: Kind.ADVANCED,
+    Action.PROMOTE: Kind.PROMOTION_BEGUN,
+    Action.PAUSE: Kind.PAUSED,
+    Action.ROLL_BACK: Kind.ROLLED_BACK,
+    Action.GIVE_UP: Kind.INCONCLUSIVE,
+}
+
+
+def _payload(verdict: Verdict, situation: Situation) -> dict[str, Any]:
+    evidence = situation.evidence
+    return {
+        "step": situation.state.step + 1,
+        "guardrail": verdict.guardrail,
+        "reason": verdict.reason,
+        "log_e": finite(verdict.log_e),
+        "threshold": verdict.threshold,
+        "challenger_requests": evidence.challenger_requests(),
+        "served": evidence.served,
+        "harmed": evidence.harmed,
+        "days": len(evidence.days),
+    }
+
+
+def finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures as JSON takes them: an infinite one as None."""
+    return {name: figure if abs(figure) < float("inf") else None for name, figure in figures.items()}
+
+
+def describe(situation: Situation, now_us: int) -> dict[str, Any]:
+    """A situation for people: where the rollout stands, its evidence, and what the judge says now."""
+    state, evidence = situation.state, situation.evidence
+    said: dict[str, Any] = {}
+    if state.phase in _TRIED:
+        verdict = judge(situation.policy, state, evidence, now_us)
+        said = {"verdict": verdict.action, "reason": verdict.reason}
+    log_e, threshold = measure(situation.policy, evidence)
+    return {
+        "phase": state.phase,
+        "champion": state.champion,
+        "previous": state.previous,
+        "challenger": state.challenger,
+        "rollout": state.rollout,
+        "step": state.step,
+        "weight": state.weight,
+        "paused": state.paused,
+        "outcome": state.outcome,
+        "ended": state.ended,
+        "evidence": {
+            "challenger_requests": evidence.challenger_requests(),
+            "served": evidence.served,
+            "harmed": evidence.harmed,
+            "copies": evidence.copies,
+            "disagreed": evidence.disagreed,
+            "days": len(evidence.days),
+            "log_e": finite(log_e),
+            "threshold": finite(threshold),
+        },
+        **said,
+    }
+
+
+def aliases(state: State) -> dict[str, str]:
+    """The versions by the names under which the registry shows them."""
+    named = {"champion": state.champion, "challenger": state.challenger, "previous": state.previous}
+    return {name: version for name, version in named.items() if version is not None}
+
+
+def document(use_case: UseCase, situation: Situation) -> dict[str, Any] | None:
+    """The fields of the routing table that the situation calls for; None before the first champion."""
+    state, policy = situation.state, situation.policy
+    if state.champion is None:
+        return None
+    challenger = None
+    if state.shadowed and state.challenger is not None:
+        challenger = Challenger(
+            version=state.challenger,
+            rollout=state.rollout,
+            salt=f"{use_case.name}/{state.rollout}",
+            weight=state.weight,
+            shadow=policy.shadow.share,
+            deadline_ms=policy.deadline_ms,
+            slow_factor=policy.slow_factor,
+            slow_floor_ms=policy.slow_floor_ms,
+            harm_cap=policy.harm_cap,
+        ).model_dump(mode="json")
+    return {
+        "champion": state.champion,
+        "previous": state.previous,
+        "prepare": state.challenger if state.phase is Phase.PROMOTING else None,
+        "challenger": challenger,
+    }

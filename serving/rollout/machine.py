@@ -1,0 +1,231 @@
+"""The rollout as an explicit table: (phase, event) → the next state. Pure, without a clock and without I/O.
+
+``required`` says what must be true of the world in a state. Every effect may be carried out any number of times, so
+a controller that was killed anywhere replays its journal and carries out what its last state requires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+
+class Phase(StrEnum):
+    """Where a use case's release stands."""
+
+    EMPTY = "empty"  # no version answers yet
+    IDLE = "idle"  # a champion answers, nothing is being tried
+    STARTING = "starting"  # the challenger is being deployed
+    SHADOW = "shadow"  # it gets copies
+    CANARY = "canary"  # it answers a share of the instances
+    PROMOTING = "promoting"  # every gateway loads and warms it
+    WITHDRAWING = "withdrawing"  # it gets nothing any more and is being taken down
+
+
+class Kind(StrEnum):
+    """What can happen. The journal holds events under these names."""
+
+    ADOPTED = "champion_adopted"
+    STARTED = "rollout_started"
+    READY = "challenger_ready"
+    FAILED = "challenger_failed"
+    EVIDENCE = "evidence"
+    LABELS = "labels"
+    ADVANCED = "advanced"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    APPROVED = "approved"
+    ROLLED_BACK = "rolled_back"
+    ABORTED = "aborted"
+    INCONCLUSIVE = "inconclusive"
+    PROMOTION_BEGUN = "promotion_begun"
+    PROMOTED = "promoted"
+    WITHDRAWN = "withdrawn"
+
+
+class Outcome(StrEnum):
+    """How a rollout ended."""
+
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+    ABORTED = "aborted"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Effect(StrEnum):
+    """What the controller does to the world; each may be repeated without harm."""
+
+    ROUTE = "route"  # publish the routing table of the state
+    DEPLOY = "deploy"  # have the challenger's application running
+    WITHDRAW = "withdraw"  # have it gone
+    CLOSE = "close"  # write the outcome into the release request
+    SHOW = "show"  # show the versions as aliases in MLflow
+
+
+class NotAllowed(RuntimeError):
+    """The event does not fit the phase; the message says what would."""
+
+
+@dataclass(frozen=True)
+class State:
+    """``weights`` are those of the canary steps; ``step`` counts from 0 and is -1 before the first.
+
+    ``rollout`` numbers a use case's rollouts from 1. ``outcome`` and ``ended`` (that version) are of the last one.
+    """
+
+    phase: Phase = Phase.EMPTY
+    champion: str | None = None
+    previous: str | None = None
+    challenger: str | None = None
+    rollout: int = 0
+    weights: tuple[float, ...] = ()
+    step: int = -1
+    paused: bool = False
+    approved: bool = False
+    outcome: Outcome | None = None
+    ended: str | None = None
+
+    @property
+    def weight(self) -> float:
+        """The challenger's share of the answers."""
+        return self.weights[self.step] if self.phase in (Phase.CANARY, Phase.PROMOTING) and self.step >= 0 else 0.0
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether the challenger gets copies."""
+        return self.phase in (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
+
+    @property
+    def last_step(self) -> bool:
+        """Whether no canary step follows."""
+        return self.step == len(self.weights) - 1
+
+
+Payload = Mapping[str, Any]
+
+
+def _adopted(state: State, event: Payload) -> State:
+    return replace(state, phase=Phase.IDLE, champion=event["version"], outcome=Outcome.PROMOTED, ended=event["version"])
+
+
+def _started(state: State, event: Payload) -> State:
+    return replace(
+        state,
+        phase=Phase.STARTING,
+        challenger=event["version"],
+        rollout=state.rollout + 1,
+        weights=tuple(event["weights"]),
+        step=-1,
+        paused=False,
+        approved=False,
+        outcome=None,
+        ended=None,
+    )
+
+
+def _ready(state: State, _: Payload) -> State:
+    return replace(state, phase=Phase.SHADOW)
+
+
+def _same(state: State, _: Payload) -> State:
+    return state
+
+
+def _advanced(state: State, event: Payload) -> State:
+    if state.last_step:
+        raise NotAllowed(f"step {state.step} is the last: what follows is promotion")
+    if event["step"] != state.step + 1:
+        raise NotAllowed(f"after step {state.step} comes {state.step + 1}, not {event['step']}")
+    return replace(state, phase=Phase.CANARY, step=state.step + 1)
+
+
+def _paused(state: State, _: Payload) -> State:
+    return replace(state, paused=True)
+
+
+def _resumed(state: State, _: Payload) -> State:
+    return replace(state, paused=False)
+
+
+def _approved(state: State, _: Payload) -> State:
+    return replace(state, approved=True)
+
+
+def _promotion_begun(state: State, _: Payload) -> State:
+    if state.paused:
+        raise NotAllowed("a paused rollout is not promoted: resume it first")
+    return replace(state, phase=Phase.PROMOTING)
+
+
+def _ends(outcome: Outcome) -> Callable[[State, Payload], State]:
+    def end(state: State, _: Payload) -> State:
+        return replace(state, phase=Phase.WITHDRAWING, outcome=outcome, ended=state.challenger, paused=False)
+
+    return end
+
+
+def _promoted(state: State, event: Payload) -> State:
+    ended = _ends(Outcome.PROMOTED)(state, event)
+    return replace(ended, champion=state.challenger, previous=state.champion)
+
+
+def _withdrawn(state: State, _: Payload) -> State:
+    return replace(state, phase=Phase.IDLE, challenger=None, weights=(), step=-1, approved=False)
+
+
+_STOPPED = {
+    Kind.ROLLED_BACK: _ends(Outcome.ROLLED_BACK),
+    Kind.FAILED: _ends(Outcome.ROLLED_BACK),
+    Kind.ABORTED: _ends(Outcome.ABORTED),
+}
+_TRIED = {
+    **_STOPPED,
+    Kind.EVIDENCE: _same,
+    Kind.LABELS: _same,
+    Kind.PAUSED: _paused,
+    Kind.RESUMED: _resumed,
+    Kind.APPROVED: _approved,
+    Kind.INCONCLUSIVE: _ends(Outcome.INCONCLUSIVE),
+}
+
+TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
+    Phase.EMPTY: {Kind.ADOPTED: _adopted},
+    Phase.IDLE: {Kind.STARTED: _started},
+    Phase.STARTING: {**_STOPPED, Kind.READY: _ready},
+    Phase.SHADOW: {**_TRIED, Kind.ADVANCED: _advanced},
+    Phase.CANARY: {**_TRIED, Kind.ADVANCED: _advanced, Kind.PROMOTION_BEGUN: _promotion_begun},
+    Phase.PROMOTING: {
+        **_STOPPED,
+        Kind.EVIDENCE: _same,
+        Kind.LABELS: _same,
+        Kind.PROMOTED: _promoted,
+    },
+    Phase.WITHDRAWING: {Kind.EVIDENCE: _same, Kind.WITHDRAWN: _withdrawn},
+}
+
+
+def step(state: State, kind: Kind, payload: Payload) -> State:
+    """The state after the event; raises ``NotAllowed`` when it does not fit."""
+    handler = TABLE[state.phase].get(kind)
+    if handler is None:
+        fits = ", ".join(TABLE[state.phase])
+        raise NotAllowed(f"{kind} does not fit a release that is {state.phase}; what fits: {fits}")
+    return handler(state, payload)
+
+
+def required(state: State) -> tuple[Effect, ...]:
+    """What must be true of the world in this state, in the order in which it is made true."""
+    match state.phase:
+        case Phase.EMPTY:
+            return ()
+        case Phase.IDLE:
+            return (Effect.ROUTE, Effect.CLOSE, Effect.SHOW)
+        case Phase.STARTING:
+            return (Effect.ROUTE, Effect.DEPLOY, Effect.SHOW)
+        case Phase.SHADOW | Phase.CANARY | Phase.PROMOTING:
+            return (Effect.ROUTE, Effect.SHOW)
+        case Phase.WITHDRAWING:
+            # First nobody asks the challenger any more, then it goes.
+            return (Effect.ROUTE, Effect.WITHDRAW, Effect.SHOW)

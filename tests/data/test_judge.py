@@ -1,0 +1,140 @@
+"""The judge: every guardrail trips on what it is for and on nothing else; silence is never success."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
+import pytest
+
+from pipelines.spec import CanaryStep, Labels, ReleasePolicy, Shadow
+from pipelines.validation.paired import PairedDay
+from serving.rollout.evidence import Evidence, Report
+from serving.rollout.judge import Action, judge
+from serving.rollout.machine import Phase, State
+
+HOUR = 3_600_000_000
+POLICY = ReleasePolicy(
+    shadow=Shadow(requests=100, time=timedelta(hours=1)),
+    steps=(CanaryStep(weight=0.1, requests=100, time=timedelta(hours=1)), CanaryStep(weight=0.5, requests=100)),
+    labels=Labels(days=7),
+    patience=timedelta(days=40),
+)
+SHADOW = State(Phase.SHADOW, champion="1", challenger="2", rollout=1, weights=(0.1, 0.5))
+CANARY = replace(SHADOW, phase=Phase.CANARY, step=0)
+LAST = replace(CANARY, step=1)
+LATER = 2 * HOUR
+
+
+def days(*differences: float) -> tuple[PairedDay, ...]:
+    return tuple(PairedDay(i, 240, difference) for i, difference in enumerate(differences))
+
+
+HEALTHY = Evidence(copies=150, exposed={0.1: (120, 1080), 0.5: (300, 300)}, ratio={0.1: (120, 1080), 0.5: (300, 300)})
+
+
+@pytest.mark.parametrize(
+    ("guardrail", "evidence"),
+    [
+        ("harm", replace(HEALTHY, harmed=25)),
+        ("errors", replace(HEALTHY, errors={0.1: (6, 0)})),
+        ("latency", replace(HEALTHY, slow={0.5: (20, 0)})),
+        ("disagreement", replace(HEALTHY, copies=150, disagreed=60)),
+        ("quality", replace(HEALTHY, days=days(*[0.08] * 30))),
+    ],
+)
+def test_each_guardrail_rolls_back_on_its_own_evidence(guardrail, evidence):
+    for state in (SHADOW, CANARY, LAST, replace(LAST, phase=Phase.PROMOTING), replace(CANARY, paused=True)):
+        verdict = judge(POLICY, state, evidence, LATER)
+        assert (verdict.action, verdict.guardrail) == (Action.ROLL_BACK, guardrail)
+        assert guardrail in verdict.reason or "harmed" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        replace(HEALTHY, errors={0.1: (100, 900)}),  # an outage that both share
+        replace(HEALTHY, slow={0.1: (30, 270), 0.5: (100, 100)}),
+        replace(HEALTHY, disagreed=15),
+        replace(HEALTHY, days=days(*[0.0] * 60)),
+        replace(HEALTHY, harmed=24),
+    ],
+)
+def test_no_guardrail_trips_on_an_identical_version(evidence):
+    assert judge(POLICY, CANARY, evidence, LATER).action in (Action.ADVANCE, Action.HOLD)
+
+
+def test_an_identical_version_is_not_withdrawn_in_simulated_traffic():
+    """A thousand rollouts of noise that both versions share; each guardrail looks after every report."""
+    rng = np.random.default_rng(5)
+    withdrawn = 0
+    for _ in range(300):
+        evidence = Evidence()
+        for number in range(1, 31):
+            assigned = rng.random(200) < 0.1
+            bad, slow = rng.random(200) < 0.02, rng.random(200) < 0.03
+            pair = [
+                {0.1: (int((a & assigned).sum()), int((a & ~assigned).sum()))} for a in (np.ones(200, bool), bad, slow)
+            ]
+            evidence = evidence.with_report(
+                Report(
+                    gateway="g", sequence=number, rollout=1, exposed=pair[0], errors=pair[1], slow=pair[2],
+                    copies=100, disagreed=int(rng.binomial(100, 0.08)),
+                )
+            )  # fmt: skip
+            verdict = judge(POLICY, CANARY, evidence, 0)
+            if verdict.action in (Action.ROLL_BACK, Action.PAUSE):
+                withdrawn += 1
+                break
+    assert withdrawn <= 6  # 1 % is promised; six of 300 would be a rare accident
+
+
+def test_a_broken_split_pauses_and_never_rolls_back():
+    skewed = replace(HEALTHY, ratio={0.1: (300, 900)})
+    verdict = judge(POLICY, CANARY, skewed, LATER)
+    assert (verdict.action, verdict.guardrail) == (Action.PAUSE, "sample_ratio")
+    assert judge(POLICY, replace(CANARY, paused=True), skewed, LATER).action is Action.HOLD
+    assert judge(POLICY, CANARY, skewed.resumed(), LATER).action is Action.ADVANCE
+
+
+def test_a_stage_needs_its_requests_and_its_time():
+    assert judge(POLICY, SHADOW, HEALTHY, LATER).action is Action.ADVANCE
+    assert judge(POLICY, SHADOW, replace(HEALTHY, copies=99), LATER).reason == "99 of 100 challenger requests"
+    assert judge(POLICY, SHADOW, HEALTHY, HOUR - 1).action is Action.HOLD
+    assert judge(POLICY, CANARY, replace(HEALTHY, exposed={0.1: (99, 900)}), LATER).action is Action.HOLD
+    assert judge(POLICY, CANARY, HEALTHY, LATER).action is Action.ADVANCE
+
+
+def test_promotion_needs_matured_outcomes_that_show_it_is_as_good():
+    better, same = days(*[-0.03] * 14), days(*[0.0] * 7)
+    assert judge(POLICY, LAST, replace(HEALTHY, days=better), LATER).action is Action.PROMOTE
+    assert "0 of 7 days" in judge(POLICY, LAST, HEALTHY, LATER).reason
+    assert "not shown to be as good" in judge(POLICY, LAST, replace(HEALTHY, days=same), LATER).reason
+    unlabelled = POLICY.model_copy(update={"labels": None})
+    assert judge(unlabelled, LAST, HEALTHY, LATER).action is Action.PROMOTE
+
+
+def test_silence_is_inconclusive_never_success():
+    patience = 40 * 24 * HOUR
+    for state in (SHADOW, CANARY, LAST):
+        assert judge(POLICY, state, Evidence(), patience).action is Action.GIVE_UP
+        assert judge(POLICY, state, Evidence(), patience - 1).action is Action.HOLD
+
+
+def test_an_approval_gate_holds_the_last_step_until_somebody_approves():
+    policy = POLICY.model_copy(update={"approval": True, "labels": None})
+    assert judge(policy, LAST, HEALTHY, LATER).reason == "waiting for approval"
+    assert judge(policy, replace(LAST, approved=True), HEALTHY, LATER).action is Action.PROMOTE
+    assert judge(policy, CANARY, HEALTHY, LATER).action is Action.ADVANCE
+
+
+def test_a_policy_that_cannot_be_held_to_is_refused():
+    with pytest.raises(ValueError, match="rising weights"):
+        ReleasePolicy(steps=(CanaryStep(weight=0.5), CanaryStep(weight=0.1)))
+    with pytest.raises(ValueError, match="unknown guardrails"):
+        ReleasePolicy(split={"mood": 1.0})
+    with pytest.raises(ValueError, match="more than 1"):
+        ReleasePolicy(split={"errors": 0.6, "latency": 0.6, "disagreement": 0.1, "quality": 0.1, "sample_ratio": 0.1})
+    with pytest.raises(ValueError, match="cannot be seen"):
+        Labels(margin=0.1, clip=0.05)

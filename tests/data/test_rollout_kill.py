@@ -1,0 +1,313 @@
+"""The controller killed between any two effects: it resumes where it was and ends where it would have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.database import Database, ReleaseRequest, StaleEpoch, StaleJournal
+from pipelines import usecases
+from pipelines.validation.paired import PairedDay
+from serving.rollout.controller import Controller, Standing
+from serving.rollout.journal import Journal, replay
+from serving.rollout.judge import judge
+from serving.rollout.machine import Kind, NotAllowed, Phase
+from serving.routing import RoutingTable
+
+USE_CASE = usecases.load("aqua")
+HOUR = 3_600_000_000
+GATEWAY = "here:1:aa"
+
+
+class Killed(BaseException):
+    """The controller's process ended."""
+
+
+@dataclass
+class FakeWorld:
+    """A world whose every change may kill the controller, before it is made or after."""
+
+    kills: list[int] = field(default_factory=list)
+    changes: int = 0
+    routed: RoutingTable | None = None
+    applications: set[str] = field(default_factory=set)
+    broken: frozenset[str] = frozenset()
+    open: list[str] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    history: list[tuple[str, float]] = field(default_factory=list)
+
+    def _point(self) -> None:
+        self.changes += 1
+        if self.kills and self.changes >= self.kills[0]:
+            self.kills.pop(0)
+            raise Killed
+
+    def _changes(self):
+        self._point()
+        yield
+        self._point()
+
+    def table(self) -> RoutingTable | None:
+        return self.routed
+
+    def publish(self, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
+        table = RoutingTable(epoch=0, **document)
+        if (self.routed and self.routed.epoch) != (expected and expected.epoch):
+            raise StaleEpoch
+        if expected is not None and table.model_copy(update={"epoch": expected.epoch}) == expected:
+            return expected
+        for _ in self._changes():
+            self.routed = table.model_copy(update={"epoch": (expected.epoch if expected else 0) + 1})
+            weight = table.challenger.weight if table.challenger else 0.0
+            self.history.append((table.champion, weight))
+        assert self.routed is not None
+        return self.routed
+
+    def deploy(self, version: str) -> None:
+        for _ in self._changes():
+            self.applications.add(version)
+
+    def withdraw(self, version: str) -> None:
+        assert self.routed is not None
+        assert self.routed.challenger is None, "a challenger was taken down under its callers"
+        for _ in self._changes():
+            self.applications.discard(version)
+
+    def standing(self, version: str) -> tuple[Standing, str]:
+        if version not in self.applications:
+            return Standing.ABSENT, ""
+        return (Standing.FAILED, "it is broken") if version in self.broken else (Standing.RUNNING, "")
+
+    def close(self, version: str, outcome: str) -> None:
+        for _ in self._changes():
+            self.closed[version] = outcome
+            self.open = [v for v in self.open if v != version]
+
+    def show(self, aliases: dict[str, str]) -> None:
+        for _ in self._changes():
+            self.aliases = aliases
+
+    def next_request(self) -> ReleaseRequest | None:
+        return ReleaseRequest("aqua", self.open[0], {"gates": []}, 0) if self.open else None
+
+    def gateways(self) -> list[str]:
+        return [GATEWAY]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1_700_000_000_000_000
+
+    def now(self) -> int:
+        return self.time
+
+
+@dataclass
+class Play:
+    """A controller that is made again from its journal each time it is killed."""
+
+    world: FakeWorld
+    journal: Journal
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.sent: dict[int, int] = {}
+        self.controller = self._survive(self._make)
+
+    def _make(self) -> Controller:
+        return Controller(USE_CASE, self.journal, self.world, self.clock, real=lambda: 0.0)
+
+    def _survive(self, act):
+        while True:
+            try:
+                return act()
+            except Killed:
+                if hasattr(self, "controller"):
+                    self.controller = self._survive(self._make)
+
+    def settle(self) -> None:
+        """Turns until nothing changes any more."""
+        for _ in range(12):
+            self._survive(lambda: self.controller.turn())
+            table = self.world.routed
+            prepared = [v for v in (table.champion, table.prepare) if v] if table else []
+            epoch = table.epoch if table else 0
+            self._survive(lambda: self.controller.exchange(GATEWAY, epoch, prepared, {}, None, 0.0))  # noqa: B023
+
+    def report(self, **counters: Any) -> None:
+        """What the gateway sends, again and again until it is acknowledged; nothing without a challenger."""
+        rollout = self.controller.state.rollout
+        if not self.controller.state.shadowed:
+            return
+        self.sent[rollout] = self.sent.get(rollout, 0) + 1
+        report = {"gateway": GATEWAY, "sequence": self.sent[rollout], "rollout": rollout, **counters}
+        epoch = self.world.routed.epoch if self.world.routed else 0
+        self._survive(lambda: self.controller.exchange(GATEWAY, epoch, [], {}, report, 0.0))
+
+    def labels(self, count: int, difference: float) -> None:
+        days = tuple(PairedDay(20_000 + i, 240, difference) for i in range(count))
+        rollout = self.controller.state.rollout
+        self._survive(lambda: self.controller.take_labels(rollout, days))
+
+    def command(self, name: str) -> None:
+        def act() -> None:
+            with contextlib.suppress(NotAllowed):
+                self.controller.command(name, "someone", "because")
+
+        self._survive(act)
+
+
+STEPS = {
+    "wait": lambda play: setattr(play.clock, "time", play.clock.time + 7 * HOUR),
+    "copies": lambda play: play.report(copies=150),
+    "healthy": lambda play: play.report(exposed={"0.1": (60, 540), "0.5": (250, 250)}, served=310),
+    "errors": lambda play: play.report(exposed={"0.1": (10, 90)}, errors={"0.1": (12, 0)}, harmed=12),
+    "harm": lambda play: play.report(harmed=30),
+    "better": lambda play: play.labels(25, -0.05),
+    "worse": lambda play: play.labels(25, 0.07),
+    "pause": lambda play: play.command("pause"),
+    "resume": lambda play: play.command("resume"),
+    "abort": lambda play: play.command("abort"),
+    "ask": lambda play: play.world.open.append(str(1 + len(play.world.open) + len(play.world.closed))),
+    "settle": lambda play: play.settle(),
+}
+USUAL = ["ask", "settle", "copies", "wait", "settle", "healthy", "wait", "settle", "wait", "settle", "better", "settle"]
+
+
+def play_out(database: Database, name: str, steps: list[str], kills: list[int], broken: frozenset[str]) -> Play:
+    play = Play(FakeWorld(kills=kills, open=["1"], broken=broken), Journal(database, name))
+    for step in steps:
+        STEPS[step](play)
+    play.settle()
+    return play
+
+
+names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> Database:
+    found = Database(f"sqlite:///{tmp_path_factory.mktemp('journal')}/control.db")
+    found.create()
+    return found
+
+
+@given(
+    steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=14) | st.just(USUAL) | st.just(USUAL * 2),
+    gaps=st.lists(st.integers(1, 6), max_size=12),
+    broken=st.sampled_from([frozenset(), frozenset({"2"})]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_killed_controller_ends_where_it_would_have_ended(database, steps, gaps, broken):
+    kills = list(itertools.accumulate(gaps))
+    whole = play_out(database, f"whole{next(names)}", ["settle", *steps], [], broken)
+    killed = play_out(database, f"killed{next(names)}", ["settle", *steps], kills, broken)
+    assert killed.controller.state == whole.controller.state
+    assert killed.controller.situation.evidence == whole.controller.situation.evidence
+    for part in ("applications", "open", "closed", "aliases"):
+        assert getattr(killed.world, part) == getattr(whole.world, part), part
+    left, right = killed.world.routed, whole.world.routed
+    assert left is not None
+    assert right is not None
+    assert left.model_dump(exclude={"epoch"}) == right.model_dump(exclude={"epoch"})
+    kinds = [[e.kind for e in play.journal.read()] for play in (killed, whole)]
+    assert kinds[0] == kinds[1]
+
+
+def test_the_usual_way_ends_in_a_promotion_and_keeps_the_old_champion_warm(database):
+    play = play_out(database, "usual", ["settle", *USUAL], [], frozenset())
+    assert play.controller.state.phase is Phase.IDLE
+    assert play.world.routed is not None
+    assert (play.world.routed.champion, play.world.routed.previous) == ("2", "1")
+    assert play.world.closed == {"1": "promoted", "2": "promoted"}
+    assert play.world.aliases == {"champion": "2", "previous": "1"}
+    assert play.world.applications == set()
+    assert [weight for _, weight in play.world.history] == [0.0, 0.0, 0.1, 0.5, 0.5, 0.0]
+
+
+def test_a_challenger_that_does_not_start_leaves_the_champion_alone(database):
+    play = play_out(database, "broken", ["settle", "ask", "settle"], [], frozenset({"2"}))
+    assert play.world.closed["2"] == "rolled_back"
+    assert {champion for champion, _ in play.world.history} == {"1"}
+    failed = next(e for e in play.journal.read() if e.kind == Kind.FAILED)
+    assert failed.payload == {"reason": "it is broken"}
+
+
+def test_the_journal_replays_to_the_identical_decision(database):
+    play = play_out(database, "decision", ["settle", *USUAL[:6], "ask", "settle", "errors", "settle"], [], frozenset())
+    entries = play.journal.read()
+    decisions = [e for e in entries if e.kind in (Kind.ADVANCED, Kind.ROLLED_BACK)]
+    assert [e.kind for e in decisions] == [Kind.ADVANCED, Kind.ROLLED_BACK]
+    for decision in decisions:
+        before = replay(entries[: decision.sequence - 1])
+        again = judge(before.policy, before.state, before.evidence, decision.at_us)
+        assert again.reason == decision.payload["reason"]
+        assert again.guardrail == decision.payload["guardrail"]
+        assert again.threshold == decision.payload["threshold"]
+    assert replay(entries) == play.controller.situation
+
+
+def test_a_report_sent_twice_counts_once_and_a_lost_one_is_noticed(database):
+    play = play_out(database, "twice", ["settle", "ask", "settle"], [], frozenset())
+    report = {"gateway": GATEWAY, "sequence": 1, "rollout": 1, "copies": 7}
+    for _ in range(3):
+        play.controller.exchange(GATEWAY, 99, [], {}, report, 0.0)
+    assert play.controller.situation.evidence.copies == 7
+    with pytest.raises(ValueError, match="one is missing"):
+        play.controller.exchange(GATEWAY, 99, [], {}, {**report, "sequence": 3}, 0.0)
+
+
+def test_a_report_about_an_earlier_rollout_is_not_evidence(database):
+    play = play_out(database, "late", ["settle", "ask", "settle"], [], frozenset())
+    late = {"gateway": GATEWAY, "sequence": 1, "rollout": 0, "harmed": 1000}
+    play.controller.exchange(GATEWAY, 99, [], {}, late, 0.0)
+    assert play.controller.state.phase is Phase.SHADOW
+    assert play.controller.situation.evidence.harmed == 0
+
+
+def test_a_second_controller_is_fenced_and_takes_over_what_the_first_decided(database):
+    play = play_out(database, "fenced", ["settle", "ask", "settle"], [], frozenset())
+    second = Controller(USE_CASE, play.journal, play.world, play.clock, real=lambda: 0.0)
+    play.controller.command("pause", "first", "")
+    with pytest.raises(StaleJournal):
+        second.command("abort", "second", "")
+    assert second.state == play.controller.state
+    assert second.state.paused
+    stale = play.world.routed
+    assert stale is not None
+    second.command("abort", "second", "")
+    with pytest.raises(StaleEpoch):
+        play.world.publish(stale, {"champion": "9"})
+
+
+def test_an_effect_that_failed_is_tried_again_by_the_same_controller(database):
+    class Once(FakeWorld):
+        failed = False
+
+        def deploy(self, version: str) -> None:
+            if not self.failed:
+                self.failed = True
+                raise ConnectionError("Serve does not answer")
+            super().deploy(version)
+
+    play = Play(Once(open=["1", "2"]), Journal(database, "retried"))
+    play.controller.turn()
+    with pytest.raises(ConnectionError):
+        play.controller.turn()
+    play.settle()
+    assert play.controller.state.phase is Phase.SHADOW
+
+
+def test_harm_adds_up_over_reports_to_its_cap(database):
+    play = play_out(database, "harm", ["settle", "ask", "settle", "copies"], [], frozenset())
+    play.report(harmed=13)
+    assert play.controller.state.phase is Phase.SHADOW
+    play.report(harmed=12)
+    assert play.controller.state.outcome == "rolled_back"

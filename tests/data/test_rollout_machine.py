@@ -1,0 +1,108 @@
+"""Every transition of the rollout's table, and what each state requires of the world."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required, step
+
+IDLE = State(Phase.IDLE, champion="1", outcome=Outcome.PROMOTED, ended="1")
+STARTING = State(Phase.STARTING, champion="1", challenger="2", rollout=1, weights=(0.1, 0.5))
+SHADOW = replace(STARTING, phase=Phase.SHADOW)
+CANARY = replace(SHADOW, phase=Phase.CANARY, step=0)
+LAST = replace(CANARY, step=1)
+PROMOTING = replace(LAST, phase=Phase.PROMOTING)
+WITHDRAWING = replace(LAST, phase=Phase.WITHDRAWING, outcome=Outcome.ROLLED_BACK, ended="2")
+STATES = {s.phase: s for s in (State(), IDLE, STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING)}
+
+
+def withdrawing(state: State, outcome: Outcome, **changes: object) -> State:
+    return replace(state, phase=Phase.WITHDRAWING, outcome=outcome, ended="2", paused=False, **changes)
+
+
+PAYLOAD = {
+    Kind.ADOPTED: {"version": "1"},
+    Kind.STARTED: {"version": "2", "weights": [0.1, 0.5]},
+    Kind.ADVANCED: {"step": 0},
+}
+STOPS = {
+    Kind.ROLLED_BACK: lambda s: withdrawing(s, Outcome.ROLLED_BACK),
+    Kind.FAILED: lambda s: withdrawing(s, Outcome.ROLLED_BACK),
+    Kind.ABORTED: lambda s: withdrawing(s, Outcome.ABORTED),
+}
+TRIED = {
+    **STOPS,
+    Kind.INCONCLUSIVE: lambda s: withdrawing(s, Outcome.INCONCLUSIVE),
+    Kind.EVIDENCE: lambda s: s,
+    Kind.LABELS: lambda s: s,
+    Kind.PAUSED: lambda s: replace(s, paused=True),
+    Kind.RESUMED: lambda s: replace(s, paused=False),
+    Kind.APPROVED: lambda s: replace(s, approved=True),
+}
+EXPECTED = {
+    Phase.EMPTY: {Kind.ADOPTED: lambda _: IDLE},
+    Phase.IDLE: {Kind.STARTED: lambda _: STARTING},
+    Phase.STARTING: {**STOPS, Kind.READY: lambda _: SHADOW},
+    Phase.SHADOW: {**TRIED, Kind.ADVANCED: lambda _: CANARY},
+    Phase.CANARY: {
+        **TRIED,
+        Kind.ADVANCED: lambda _: LAST,
+        Kind.PROMOTION_BEGUN: lambda s: replace(s, phase=Phase.PROMOTING),
+    },
+    Phase.PROMOTING: {
+        **STOPS,
+        Kind.EVIDENCE: lambda s: s,
+        Kind.LABELS: lambda s: s,
+        Kind.PROMOTED: lambda s: withdrawing(s, Outcome.PROMOTED, champion="2", previous="1"),
+    },
+    Phase.WITHDRAWING: {
+        Kind.EVIDENCE: lambda s: s,
+        Kind.WITHDRAWN: lambda s: replace(s, phase=Phase.IDLE, challenger=None, weights=(), step=-1),
+    },
+}
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("kind", Kind)
+def test_every_transition(phase, kind):
+    state, wanted = STATES[phase], EXPECTED[phase].get(kind)
+    payload = {"step": 1} if (phase, kind) == (Phase.CANARY, Kind.ADVANCED) else PAYLOAD.get(kind, {})
+    if wanted is None:
+        with pytest.raises(NotAllowed, match=f"{kind} does not fit a release that is {phase}"):
+            step(state, kind, payload)
+    else:
+        assert step(state, kind, payload) == wanted(state)
+
+
+def test_a_step_cannot_be_left_out_repeated_or_passed():
+    for state, given in ((SHADOW, 1), (CANARY, 0), (CANARY, 2)):
+        with pytest.raises(NotAllowed, match="comes"):
+            step(state, Kind.ADVANCED, {"step": given})
+    with pytest.raises(NotAllowed, match="promotion"):
+        step(LAST, Kind.ADVANCED, {"step": 2})
+
+
+def test_a_paused_rollout_is_not_promoted():
+    with pytest.raises(NotAllowed, match="resume it first"):
+        step(replace(LAST, paused=True), Kind.PROMOTION_BEGUN, {})
+
+
+def test_the_weight_is_that_of_the_step_and_nothing_before_and_after():
+    assert [s.weight for s in (IDLE, STARTING, SHADOW, CANARY, LAST, PROMOTING, WITHDRAWING)] == [
+        0.0, 0.0, 0.0, 0.1, 0.5, 0.5, 0.0,
+    ]  # fmt: skip
+    assert [s.shadowed for s in (STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING)] == [False, True, True, True, False]
+
+
+def test_a_second_rollout_knows_nothing_of_the_first_but_its_number():
+    again = step(step(WITHDRAWING, Kind.WITHDRAWN, {}), Kind.STARTED, {"version": "3", "weights": [0.2]})
+    assert again == State(Phase.STARTING, champion="1", challenger="3", rollout=2, weights=(0.2,))
+
+
+def test_callers_are_routed_away_before_a_challenger_is_taken_down():
+    assert required(WITHDRAWING)[:2] == (Effect.ROUTE, Effect.WITHDRAW)
+    assert all(required(state)[0] is Effect.ROUTE for state in STATES.values() if state.phase is not Phase.EMPTY)
+    assert Effect.DEPLOY in required(STARTING)
+    assert Effect.CLOSE in required(IDLE)

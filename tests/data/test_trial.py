@@ -1,0 +1,255 @@
+"""A challenger inside a gateway: whatever it does, the caller gets the champion's answer, and it is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.training.artifact import Prediction
+from serving.answers import Prepared
+from serving.challenger import Reply
+from serving.fallback import Filled
+from serving.routing import Challenger, place
+from serving.trial import Tally, Trial
+
+SLOW_S = 0.001
+
+
+def challenger(**changes: Any) -> Challenger:
+    given = {
+        "version": "2", "rollout": 1, "salt": "aqua/1", "weight": 0.5, "shadow": 1.0, "deadline_ms": 50.0,
+        "slow_factor": 5.0, "slow_floor_ms": 0.5, "harm_cap": 1000,
+    }  # fmt: skip
+    return Challenger(**{**given, **changes})
+
+
+def prepared(count: int) -> Prepared:
+    none: Any = None
+    columns = {"x": np.arange(float(count))}
+    usable = np.ones(count, dtype=bool)
+    filled = Filled(none, none, np.zeros(count, np.uint8), {})
+    return Prepared([{}] * count, ["e"] * count, none, filled, columns, {"s": ["e"] * count}, none, usable, 0)
+
+
+def champion(count: int) -> Prediction:
+    value = np.full(count, 10.0)
+    return Prediction(value, value - 2, value + 2)
+
+
+def reply(columns: dict[str, np.ndarray], value: float = 11.0, seconds: float = 0.0001) -> Reply:
+    values = np.full(len(columns["x"]), value)
+    return Reply(values, values - 1, values + 1, seconds)
+
+
+async def good(rows):
+    return reply(rows.columns)
+
+
+async def errs(rows):
+    raise RuntimeError("out of luck")
+
+
+async def hangs(rows):
+    await asyncio.sleep(30)
+    return reply(rows.columns)
+
+
+async def nan(rows):
+    return reply(rows.columns, float("nan"))
+
+
+async def outside(rows):
+    return reply(rows.columns, 5000.0)
+
+
+async def inverted(rows):
+    found = reply(rows.columns)
+    return Reply(found.value, found.upper, found.lower, found.seconds)
+
+
+async def another_shape(rows):
+    found = reply(rows.columns)
+    return Reply(found.value[:-1], found.lower, found.upper, found.seconds)
+
+
+async def no_reply(rows):
+    return "sorry"
+
+
+async def text(rows):
+    words = np.array(["ten"] * len(rows.columns["x"]), dtype=object)
+    return Reply(words, words, words, 0.0)
+
+
+async def slow(rows):
+    return reply(rows.columns, seconds=0.002)
+
+
+def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
+    tally = Tally("g")
+    return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0)), tally
+
+
+def request(one: Trial, count: int, key: str = "k") -> Any:
+    assigned = one.assign(key, count)
+    assert assigned.any()
+    return assigned, asyncio.run(one.choose(True, prepared(count), champion(count), 0.0001, assigned))
+
+
+@pytest.mark.parametrize("ask", [errs, hangs, nan, outside, inverted, another_shape, no_reply, text])
+def test_the_champion_answers_whatever_a_challenger_fails_at(ask):
+    one, tally = trial(ask)
+    assigned, chosen = request(one, 20)
+    assert not chosen.taken.any()
+    assert (chosen.prediction.value == 10.0).all()
+    assert np.isnan(chosen.other).all()
+    report = tally.report()
+    assert report is not None
+    assert report.harmed == assigned.sum()
+    assert report.served == 0
+    side = (1, 0) if assigned[0] else (0, 1)
+    assert report.exposed == {0.5: side}
+    assert report.errors == ({0.5: (1, 0)} if assigned[0] else {})
+
+
+def test_a_batch_is_split_by_instance_and_put_together_in_order():
+    one, tally = trial(good)
+    assigned, chosen = request(one, 40)
+    assert 5 < assigned.sum() < 35
+    assert assigned.tolist() == [place(f"k/{i}", "aqua/1") < 0.5 for i in range(40)]
+    assert chosen.taken.tolist() == assigned.tolist()
+    assert chosen.prediction.value.tolist() == [11.0 if a else 10.0 for a in assigned]
+    assert np.where(assigned, chosen.other, 10.0).tolist() == [10.0] * 40
+    report = tally.report()
+    assert report is not None
+    assert (report.served, report.harmed, report.errors, report.slow) == (assigned.sum(), 0, {}, {})
+
+
+def test_only_the_bad_rows_of_a_reply_are_replaced():
+    async def every_other(rows):
+        found = reply(rows.columns)
+        found.value[::2] = np.nan
+        return found
+
+    one, tally = trial(every_other)
+    assigned, chosen = request(one, 40)
+    rows = np.flatnonzero(assigned)
+    assert not chosen.taken[rows[::2]].any()
+    assert chosen.taken[rows[1::2]].all()
+    assert np.isfinite(chosen.prediction.value).all()
+    report = tally.report()
+    assert report is not None
+    assert report.harmed == len(rows[::2])
+
+
+def test_a_slow_call_is_counted_for_the_version_whose_first_instance_it_was():
+    one, tally = trial(slow, weight=1.0)
+    request(one, 3)
+    report = tally.report()
+    assert report is not None
+    assert report.slow == {1.0: (1, 0)}
+    tally.acknowledged()
+    one.follow(challenger(weight=1e-9))
+    one.count_champion(True, prepared(1), champion(1), 0.01)
+    again = tally.report()
+    assert again is not None
+    assert again.slow == {1e-9: (0, 1)}
+
+
+def test_after_the_cap_of_harmed_answers_the_challenger_is_asked_no_more():
+    one, _ = trial(errs, harm_cap=5, weight=1.0)
+    request(one, 5)
+    assert not one.splits
+    assert not one.assign("another", 50).any()
+
+
+def test_a_repeated_request_gets_the_same_version_and_is_no_evidence_twice():
+    one, tally = trial(good)
+    assert one.assign("again", 30).tolist() == one.assign("again", 30).tolist()
+    assert one.first_seen("again")
+    assert not one.first_seen("again")
+    asyncio.run(one.choose(False, prepared(30), champion(30), 0.0, one.assign("again", 30)))
+    report = tally.report()
+    assert report is not None
+    assert report.exposed == {}
+    assert report.served > 0
+
+
+def test_copies_have_no_effect_on_callers_and_are_compared():
+    for ask, disagreed, value in ((good, 0, 11.0), (errs, 0, np.nan), (outside, 0, np.nan)):
+        one, tally = trial(ask, weight=0.0)
+        seen: list[tuple[np.ndarray, str]] = []
+
+        async def run(one=one, seen=seen):
+            assert one.copies("k")
+            one.copy("k", True, prepared(2), champion(2), 0.0001, lambda v, version: seen.append((v, version)))
+            await asyncio.sleep(0.02)
+
+        asyncio.run(run())
+        np.testing.assert_array_equal(seen[0][0], [value, value])
+        assert seen[0][1] == "2"
+        report = tally.report()
+        assert report is not None
+        assert (report.copies, report.disagreed, report.harmed, report.served) == (1, disagreed, 0, 0)
+
+
+def test_in_shadow_a_coin_says_whose_answer_counts_and_both_fail_alike():
+    """When both versions fail on every request, each gets about half of the events: a shared outage says nothing."""
+    one, tally = trial(nan, weight=0.0)
+    both_fail = Prediction(*(np.full(1, np.nan) for _ in range(3)))
+
+    async def run():
+        for number in range(400):
+            one.copy(f"k{number}", True, prepared(1), both_fail, 0.0001, lambda *_: None)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    report = tally.report()
+    assert report is not None
+    mine, other = report.errors[0.5]
+    assert mine + other == 400
+    assert 160 < mine < 240
+
+
+def test_an_answer_outside_the_champions_interval_disagrees():
+    async def far(rows):
+        return reply(rows.columns, 13.0)
+
+    one, tally = trial(far, weight=0.0)
+
+    async def run():
+        one.copy("k", True, prepared(1), champion(1), 0.0001, lambda *_: None)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    report = tally.report()
+    assert report is not None
+    assert report.disagreed == 1
+
+
+def test_a_report_is_sent_again_as_it_was_until_it_is_acknowledged_and_nothing_is_lost_meanwhile():
+    tally = Tally("g")
+
+    def one_more(counts):
+        counts.served += 1
+
+    tally.add(1, one_more)
+    first = tally.report()
+    tally.add(1, one_more)
+    assert tally.report() == first
+    tally.acknowledged()
+    second = tally.report()
+    assert first is not None
+    assert second is not None
+    assert (first.sequence, second.sequence, first.served, second.served) == (1, 2, 1, 1)
+    tally.acknowledged()
+    assert tally.report() is None
+    tally.add(2, one_more)
+    tally.add(1, one_more)  # of a rollout that is over
+    third = tally.report()
+    assert third is not None
+    assert (third.rollout, third.sequence, third.served) == (2, 1, 1)

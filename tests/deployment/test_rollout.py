@@ -1,0 +1,211 @@
+"""Releases on a real cluster under load: promoted, withdrawn, and with their parts killed; no request ever fails.
+
+Callers try nothing twice, but where a gateway itself is killed: the kernel then resets connections whose request was
+not read yet, which no proxy may repeat by itself, and the client does what HTTP asks of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import httpx
+import pytest
+
+from cluster import processes, session
+from cluster.database import Database
+from pipelines.spec import CanaryStep, ReleasePolicy, Shadow
+from pipelines.training.registry import Registry
+from serving.client import Client, TidegateError
+from serving.drills import Drill, register_copy
+from serving.rollout.journal import Journal, replay
+from serving.rollout.machine import Kind
+from tests.deployment.waiting import until
+
+NOW = timedelta(0)
+QUICK = ReleasePolicy(
+    shadow=Shadow(requests=20, time=NOW), steps=(CanaryStep(weight=0.5, requests=30, time=NOW),), harm_cap=10_000
+)
+LONG = QUICK.model_copy(update={"steps": (CanaryStep(weight=0.5, requests=1_000_000, time=NOW),)})
+CYCLES = 5
+CALLERS = 3
+INSTANCE = {"district": "dma_1", "temperature": 8.0, "rain": 0.0, "holiday": False}
+
+
+@dataclass
+class Load:
+    """Callers that never stop; what they got."""
+
+    answers: int = 0
+    failures: list[str] = field(default_factory=list)
+    versions: set[str] = field(default_factory=set)
+
+
+@pytest.fixture
+def load(demo, request) -> Iterator[Load]:
+    found, stop, lock = Load(), threading.Event(), threading.Lock()
+    retries = getattr(request, "param", 0)
+
+    def call() -> None:
+        with demo.client(retries=retries, timeout_s=20) as client:
+            while not stop.is_set():
+                try:
+                    (answer,) = client.predict([INSTANCE])
+                except (TidegateError, httpx.TransportError) as error:
+                    with lock:
+                        found.failures.append(repr(error))
+                    continue
+                with lock:
+                    found.answers += 1
+                    found.versions.add(answer.model_version)
+                    if answer.value is None or not 0 <= answer.value <= 300:
+                        found.failures.append(f"invalid answer {answer}")
+                time.sleep(0.004)
+
+    callers = [threading.Thread(target=call) for _ in range(CALLERS)]
+    for thread in callers:
+        thread.start()
+    yield found
+    stop.set()
+    for thread in callers:
+        thread.join()
+    assert found.failures == []
+    assert found.answers > 0
+
+
+@pytest.fixture
+def client(demo) -> Iterator[Client]:
+    with demo.client() as found:
+        yield found
+
+
+def copy(demo, client, drill: Drill | None = None) -> str:
+    champion = client.rollout().champion
+    assert champion is not None
+    return register_copy("aqua", champion, drill, Registry(demo.settings), demo.settings)
+
+
+def finished(client: Client, version: str) -> str | None:
+    until(lambda: (s := client.rollout()).ended == version and s.phase == "idle", f"{version} is over", 90)
+    return client.rollout().outcome
+
+
+def replicas(demo, application: str) -> list[int]:
+    return pids(demo, f"ray::ServeReplica:{application}:")
+
+
+def pids(demo, prefix: str) -> list[int]:
+    running = session.current(demo.settings)
+    assert running is not None
+    found = processes.session_pids(running.environment_marker)
+    return [pid for pid in found if processes.command(pid).startswith(prefix)]
+
+
+@pytest.mark.timeout(400)
+def test_promotions_and_rollbacks_under_load_fail_no_request(demo, client, load):
+    for _ in range(CYCLES):
+        before = client.rollout().champion
+        good = copy(demo, client)
+        client.rollout_start(good, policy=QUICK)
+        assert finished(client, good) == "promoted"
+        status = client.rollout()
+        assert (status.champion, status.previous) == (good, before)
+        bad = copy(demo, client, Drill(nan=1.0))
+        client.rollout_start(bad, policy=QUICK)
+        assert finished(client, bad) == "rolled_back"
+        status = client.rollout()
+        assert (status.champion, status.previous) == (good, before)
+        assert Registry(demo.settings).aliases("aqua") == {"champion": good, "previous": before}
+        assert bad not in load.versions
+        until(lambda: good in load.versions, "callers get the new champion")  # noqa: B023
+    assert replicas(demo, "aqua-challenger") == []
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_controller_resumes_at_its_step_with_its_evidence(demo, client, load):
+    version = copy(demo, client)
+    client.rollout_start(version, policy=LONG)
+    until(lambda: client.rollout().evidence.served > 50, "the challenger answers", 60)
+    (controller,) = pids(demo, "ray::RolloutActor")
+    os.kill(controller, signal.SIGKILL)
+    journal = Journal(Database(demo.settings.database_url), "aqua")
+    left = replay(journal.read())
+    until(lambda: pids(demo, "ray::RolloutActor") not in ([], [controller]), "Ray starts the controller again", 60)
+    until(lambda: client.rollout().evidence.served > left.evidence.served + 50, "evidence is taken again", 60)
+    after = replay(journal.read())
+    assert after.state == left.state
+    assert after.evidence.served >= left.evidence.served
+    client.rollout_command("abort", "the test is over")
+    assert finished(client, version) == "aborted"
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_challenger_harms_nobody(demo, client, load):
+    version = copy(demo, client)
+    client.rollout_start(version, policy=LONG)
+    until(lambda: client.rollout().evidence.served > 50, "the challenger answers", 60)
+    (challenger,) = replicas(demo, f"aqua-challenger-{version}")
+    os.kill(challenger, signal.SIGKILL)
+    until(lambda: replicas(demo, f"aqua-challenger-{version}") != [challenger], "it is gone", 60)
+    answered = load.answers
+    until(lambda: load.answers > answered + 500, "callers go on", 60)
+    if client.rollout().phase != "idle":
+        client.rollout_command("abort", "the test is over")
+    assert finished(client, version) in ("aborted", "rolled_back")
+
+
+@pytest.mark.parametrize("load", [3], indirect=True)
+@pytest.mark.timeout(240)
+def test_one_of_two_gateways_killed_during_a_canary_fails_no_request(demo, client, load):
+    version = copy(demo, client)
+    client.rollout_start(version, policy=LONG)
+    until(lambda: client.rollout().evidence.served > 50, "the challenger answers", 60)
+    gateways = replicas(demo, "aqua")
+    assert len(gateways) == 2
+    os.kill(gateways[0], signal.SIGKILL)
+    until(lambda: len(set(replicas(demo, "aqua")) - set(gateways)) == 1, "Serve starts another gateway", 90)
+    served = client.rollout().evidence.served
+    until(lambda: client.rollout().evidence.served > served + 50, "the canary goes on", 60)
+    client.rollout_command("abort", "the test is over")
+    assert finished(client, version) == "aborted"
+
+
+@pytest.mark.timeout(240)
+def test_a_version_that_does_not_load_leaves_the_champion_answering(demo, client, load):
+    champion = client.rollout().champion
+    version = copy(demo, client)
+    folder = demo.settings.cache_dir / "models" / "aqua" / version
+    Registry(demo.settings).download("aqua", version, demo.settings.cache_dir / "models")
+    (folder / "model.onnx").write_bytes(b"not a graph")
+    client.rollout_start(version, policy=QUICK)
+    assert finished(client, version) == "rolled_back"
+    assert client.rollout().champion == champion
+    assert version not in load.versions
+
+
+def test_the_journal_tells_the_whole_story_and_its_replay_agrees_with_what_serves(demo, client):
+    entries = Journal(Database(demo.settings.database_url), "aqua").read()
+    assert [e.sequence for e in entries] == list(range(1, len(entries) + 1))
+    state, status = replay(entries).state, client.rollout()
+    assert (state.champion, state.previous, state.phase) == (status.champion, status.previous, status.phase)
+    begun = [e for e in entries if e.kind == Kind.STARTED]
+    assert all("policy" in e.payload and "request" in e.payload for e in begun)
+    assert sum(e.kind == Kind.WITHDRAWN for e in entries) == len(begun)
+
+
+def test_commands_need_the_release_scope_and_fit_the_phase(demo, client):
+    with pytest.raises(TidegateError) as refused:
+        client.rollout_command("abort")
+    assert refused.value.status == 409
+    assert "idle" in str(refused.value)
+    with pytest.raises(TidegateError) as unknown:
+        client.rollout_start("99999")
+    assert unknown.value.status == 409
+    for path in ("rollout/start", "rollout/abort", "rollout/approve", "rollout/pause", "rollout/resume"):
+        answer = httpx.post(f"{demo.url}/v1/aqua/{path}", json={"version": "1"} if path.endswith("start") else {})
+        assert answer.status_code == 401
