@@ -40,7 +40,7 @@ demo: install
 	$(BIN)/tidegate demo $(USECASE) $(ARGS)
 
 test: install-test deps lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: install-test
 	$(BIN)/pre-commit run --all-files

@@ -49,12 +49,13 @@ class Load:
 
 @dataclass(frozen=True)
 class ReleaseRequest:
-    """A model version that asks to be released."""
+    """A model version that asks to be released. ``sequence`` tells one request of a version from a later one."""
 
     usecase: str
     version: str
     payload: dict[str, Any]
     requested_us: int
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -223,15 +224,20 @@ class Database:
             row = connection.execute(oldest).one_or_none()
             if row is None or not _acquire(connection, f"release/{usecase}", holder, seconds, now_us):
                 return None
-        return ReleaseRequest(row.usecase, row.version, row.payload, row.requested_us)
+        return ReleaseRequest(row.usecase, row.version, row.payload, row.requested_us, row.sequence)
 
-    def finish_release(self, usecase: str, version: str, status: str) -> None:
-        """Close a request with any status but ``open``; ``KeyError`` if it was never made."""
+    def finish_release(self, usecase: str, version: str, status: str, sequence: int | None = None) -> None:
+        """Close a request with any status but ``open``; ``KeyError`` if it was never made.
+
+        With ``sequence`` only that request is closed: nothing happens when the version was asked for anew since.
+        """
         if status == "open":
             raise ValueError(f"release {version!r} of {usecase!r} is to be finished, and 'open' is no end")
         this = update(RELEASES).where(RELEASES.c.usecase == usecase, RELEASES.c.version == version)
         with self.write() as connection:
-            if connection.execute(this.values(status=status)).rowcount == 0:
+            if sequence is not None:
+                connection.execute(this.where(RELEASES.c.sequence == sequence).values(status=status))
+            elif connection.execute(this.values(status=status)).rowcount == 0:
                 raise KeyError(f"no release of version {version!r} of {usecase!r} was requested")
             connection.execute(LEASES.delete().where(LEASES.c.name == f"release/{usecase}"))
 
@@ -283,6 +289,17 @@ class Database:
         with self.read() as connection:
             rows = connection.execute(query).all()
         return [JournalEntry(row.sequence, row.kind, row.payload, row.at_us) for row in rows]
+
+    def last_entry(self, usecase: str, kind: str, before: int | None = None) -> JournalEntry | None:
+        """The last entry of a kind in a use case's journal (before a sequence), None when there is none."""
+        mine = (JOURNAL.c.usecase == usecase, JOURNAL.c.kind == kind)
+        query = select(JOURNAL).where(*mine)
+        if before is not None:
+            query = query.where(JOURNAL.c.sequence < before)
+        query = query.order_by(JOURNAL.c.sequence.desc()).limit(1)
+        with self.read() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else JournalEntry(row.sequence, row.kind, row.payload, row.at_us)
 
     def open_releases(self, usecase: str) -> list[str]:
         """The versions whose release was requested and has not ended, the oldest request first."""

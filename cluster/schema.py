@@ -35,6 +35,7 @@ RELEASES = Table(
     Column("requested_us", BigInteger, nullable=False),
     Column("status", String, nullable=False),
     UniqueConstraint("usecase", "version"),
+    sqlite_autoincrement=True,  # a sequence is never used again, so it names one request for good
 )
 
 ROUTING = Table(

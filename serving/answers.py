@@ -55,17 +55,29 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Other:
+    """What the version that did not answer made of the same n instances; NaN where it gave nothing."""
+
+    value: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    version: str
+
+
+@dataclass(frozen=True)
 class Answered:
     """The answer's document, and what is to be logged of each prediction (``served.SERVED_SCHEMA``)."""
 
     document: dict[str, Any]
     rows: list[dict[str, Any]]
 
-    def records(self, other: np.ndarray | None = None, version: str | None = None) -> list[bytes]:
-        """The log records, with the values [n] of the version that did not answer (NaN where it gave none)."""
+    def records(self, other: Other | None = None) -> list[bytes]:
+        """The log records, with what the version said that did not answer."""
         if other is not None:
-            for row, value in zip(self.rows, other.tolist(), strict=True):
-                row["other_version"], row["other_value"] = version, value
+            said = zip(self.rows, other.value.tolist(), other.lower.tolist(), other.upper.tolist(), strict=True)
+            for row, value, lower, upper in said:
+                row["other_version"] = other.version
+                row["other_value"], row["other_lower"], row["other_upper"] = value, lower, upper
         return [orjson.dumps(row) for row in self.rows]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from serving import wire
@@ -50,6 +51,10 @@ def build_api(gateway: Gateway) -> FastAPI:
     @app.exception_handler(Problem)
     async def problem(_: Request, error: Problem) -> Response:
         return _response(error)
+
+    @app.exception_handler(SQLAlchemyError)
+    async def unavailable(_: Request, error: SQLAlchemyError) -> Response:
+        return _response(Problem(503, "The database does not answer", "Try again; nothing is lost.", retry_after_s=1))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -52,7 +52,7 @@ def deploy(usecase: str, settings: Settings) -> RoutingTable:
     use_case = usecases.load(usecase)
     database = Database(settings.database_url)
     database.create()
-    actor.start(use_case.name)
+    actor.restart(use_case.name)
     table = _champion(use_case.name, database)
     deployment = serve.deployment(
         name="gateway",

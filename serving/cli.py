@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--home", type=Path, help="where the demo keeps everything (default var/demo); emptied first")
     demo.add_argument("--history-days", type=int, help="how many days of history to take (default all)")
     demo.add_argument("--replay-days", type=int, default=90, help="how many days to replay (default 90)")
+    demo.add_argument("--trials", type=int, help="how many settings the search of step 9 tries (default the page's)")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("ray") is None:
@@ -48,13 +49,13 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         if options.command == "demo":
+            from serving.demo.report import Size
             from serving.demo.run import demo
 
             demo(
                 options.usecase,
                 home=options.home or Path("var/demo"),
-                history_days=options.history_days,
-                replay_days=options.replay_days,
+                size=Size(options.history_days, options.replay_days, options.trials),
                 keep=options.keep,
             )
             return 0

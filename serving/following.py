@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.serve.exceptions import RayServeException
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.clock import SystemClock
 from cluster.database import Database
@@ -28,7 +28,7 @@ from cluster.settings import Settings
 from pipelines.spec import UseCase
 from serving import routing
 from serving.challenger import Asker
-from serving.rollout.actor import handle
+from serving.rollout.actor import handle, start
 from serving.rollout.world import gateway_lease
 from serving.routing import RoutingTable
 from serving.runner import LoadedVersion, VersionRefused, load_version
@@ -37,11 +37,13 @@ from serving.trial import Tally, Trial
 logger = logging.getLogger(__name__)
 
 _REPORT_S = 0.2
-_LONG_POLL_S = 5.0
+_LONG_POLL_S = 2.0
 _WITHOUT_CONTROLLER_S = 0.5
 _LEASE_S, _RENEW_S = 15.0, 4.0
 _CALL_S = 10.0
-_ASKER_READY_S = 10.0
+_ASKER_READY_S = 3.0
+_LOAD_TRIES = 3
+_AFTER_REFUSAL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ class Serving:
     table: RoutingTable
     champion: LoadedVersion
     trial: Trial | None = None
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A version that did not load: why, how often, and from when (monotonic seconds) it may be tried again."""
+
+    reason: str
+    tries: int
+    again_s: float
 
 
 class Follower:
@@ -68,7 +79,7 @@ class Follower:
         self._use_case, self._settings, self._database, self._warm = use_case, settings, database, warm
         self._tally = Tally(self.gateway)
         self._loaded = {table.champion: self._load(table.champion)}
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, _Refusal] = {}
         self._loading: dict[str, Future[LoadedVersion]] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._asker: Asker | None = None
@@ -86,13 +97,13 @@ class Follower:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Sends what was counted, gives the lease back and stops."""
+        """Gives the lease back and stops; what was counted since the last report is lost."""
         self._stop.set()
         self._thread.join(timeout=_CALL_S)
         self._loader.shutdown(wait=False, cancel_futures=True)
         try:
             self._database.release_lease(gateway_lease(self._use_case.name, self.gateway), self.gateway)
-        except OperationalError as error:
+        except SQLAlchemyError as error:
             logger.warning("the lease of gateway %s was not given back: %s", self.gateway, error)
 
     def _follow(self) -> None:
@@ -100,7 +111,7 @@ class Follower:
             try:
                 self._renew()
                 newest = self._exchange()
-            except OperationalError as error:
+            except SQLAlchemyError as error:
                 self.failure = f"the database does not answer: {error}"
                 self._stop.wait(_WITHOUT_CONTROLLER_S)
                 continue
@@ -110,6 +121,7 @@ class Follower:
                 self.failure = None
             except VersionRefused as error:
                 self.failure = str(error)  # the last table goes on answering; readiness reports why
+                self._stop.wait(_AFTER_REFUSAL_S)
             self._let_go()
 
     def _exchange(self) -> RoutingTable | None:
@@ -124,7 +136,7 @@ class Follower:
                     self.gateway,
                     self.serving.table.epoch,
                     sorted(self._loaded),
-                    dict(self._refused),
+                    {v: refusal.reason for v, refusal in self._refused.items() if refusal.tries >= _LOAD_TRIES},
                     report.model_dump(mode="json") if report else None,
                     wait_s,
                 ),
@@ -133,6 +145,7 @@ class Follower:
         except (RayError, GetTimeoutError, ValueError) as error:
             logger.warning("the rollout controller of %s does not answer: %s", self._use_case.name, error)
             self._actor = None
+            self._start_controller()
             self._stop.wait(_WITHOUT_CONTROLLER_S)
             newest = routing.read(self._database, self._use_case.name)
             return newest if newest is not None and newest.epoch > self.serving.table.epoch else None
@@ -142,15 +155,20 @@ class Follower:
 
     def _prepare(self) -> None:
         """Loads, in a thread beside this one, what the table wants to be ready."""
-        for version in self.serving.table.versions - self._loaded.keys() - self._loading.keys() - self._refused.keys():
-            self._loading[version] = self._loader.submit(self._load, version)
+        now = time.monotonic()
+        for version in self.serving.table.versions - self._loaded.keys() - self._loading.keys():
+            if version not in self._refused or self._refused[version].again_s <= now:
+                self._loading[version] = self._loader.submit(self._load, version)
         for version, future in list(self._loading.items()):
             if future.done():
                 del self._loading[version]
                 try:
                     self._loaded[version] = future.result()
+                    self._refused.pop(version, None)
                 except VersionRefused as error:
-                    self._refused[version] = str(error)
+                    # Perhaps only the registry was away: it counts as refused after some tries.
+                    tries = self._refused[version].tries + 1 if version in self._refused else 1
+                    self._refused[version] = _Refusal(str(error), tries, now + _AFTER_REFUSAL_S)
 
     def _apply(self, table: RoutingTable) -> None:
         now = self.serving
@@ -179,18 +197,18 @@ class Follower:
             return trial
         try:
             asker = Asker(self._use_case.name, wanted.version)
-        except RayServeException:
-            return None  # Serve does not know the application yet, or no more
-        if not asker.ready(_ASKER_READY_S):
-            asker.close()
-            return None
+            if not asker.ready(_ASKER_READY_S):
+                asker.close()
+                return None
+        except (RayServeException, RayError):
+            return None  # Serve does not know the application yet, or no more, or does not answer
         self._asker = asker
         target = self._use_case.contract.field(self._use_case.model.target.field)
         low = -float("inf") if target.minimum is None else target.minimum
         high = float("inf") if target.maximum is None else target.maximum
         # Fixed for the whole rollout, from the champion's past on this node, so both versions are held to one limit.
         slow_s = max(wanted.slow_factor * champion.median_s(), wanted.slow_floor_ms / 1e3)
-        return Trial(wanted, asker.ask, slow_s, self._tally, (low, high))
+        return Trial(wanted, asker.ask, slow_s, self._tally, (low, high), table.champion)
 
     def _wants_trial(self) -> bool:
         return self.serving.table.challenger is not None and self.serving.trial is None
@@ -204,7 +222,17 @@ class Follower:
     def _let_go(self) -> None:
         for entry in [e for e in self._leaving if e[0] <= time.monotonic()]:
             self._leaving.remove(entry)
-            entry[1].close()
+            try:
+                entry[1].close()
+            except (RayServeException, RayError) as error:
+                logger.warning("the way to a challenger that is gone was not closed: %s", error)
+
+    def _start_controller(self) -> None:
+        """Ray starts a killed controller again; one that is gone for good is started from here."""
+        try:
+            start(self._use_case.name)
+        except (RayError, ValueError) as error:
+            logger.warning("the rollout controller of %s was not started: %s", self._use_case.name, error)
 
     def _load(self, version: str) -> LoadedVersion:
         loaded = load_version(self._use_case, version, self._settings)

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import orjson
 
 from cluster.alerts import Alerts
@@ -27,7 +26,7 @@ from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
 from pipelines.features.online import OnlineState, open_log, state_path
 from pipelines.features.state import StateError
 from pipelines.training.artifact import Prediction
-from serving.answers import Answered, Predictor, Prepared
+from serving.answers import Answered, Other, Predictor, Prepared
 from serving.auth import KeyRing, Scope
 from serving.events import Drain, EventIntake
 from serving.following import Follower, Serving
@@ -126,15 +125,16 @@ class Gateway:
         assert trial is not None
         key = given or secrets.token_hex(8)
         counted = given is None or trial.first_seen(given)
-        assigned = trial.assign(key, len(prepared.records))
+        weight = trial.weight
+        assigned = trial.assign(key, len(prepared.records), weight)
         if assigned.any():
-            chosen = await trial.choose(counted, prepared, prediction, took, assigned)
+            chosen = await trial.choose(counted, prepared, prediction, took, assigned, weight)
             version = trial.challenger.version
             answered = self.predictor.compose(prepared, chosen.prediction, champion, chosen.taken, version)
-            self.intake.predictions(answered.records(chosen.other, champion))
+            self.intake.predictions(answered.records(chosen.other))
             return answered
-        if trial.splits:
-            trial.count_champion(counted, prepared, prediction, took)
+        if weight > 0:
+            trial.count_champion(counted, prepared, prediction, took, weight)
         answered = self.predictor.compose(prepared, prediction, champion)
         if trial.copies(key):
             trial.copy(key, counted, prepared, prediction, took, partial(self._log_copied, answered))
@@ -142,8 +142,8 @@ class Gateway:
             self.intake.predictions(answered.records())
         return answered
 
-    def _log_copied(self, answered: Answered, values: np.ndarray, version: str) -> None:
-        self.intake.predictions(answered.records(values, version))
+    def _log_copied(self, answered: Answered, other: Other) -> None:
+        self.intake.predictions(answered.records(other))
 
     def _warm(self, version: LoadedVersion) -> None:
         self.predictor.warm(version, self.clock.now())

@@ -28,12 +28,15 @@ def request(
 
     ``policy`` takes the place of the page's for this rollout. A version whose gates did not pass is refused unless
     ``force`` is given with a reason; the journal then names ``by``. Raises ``ReleaseError`` when the registry has no
-    such version or it waits already.
+    such version, or it waits already or is the champion.
     """
     try:
         found = registry.version(usecase, version)
     except RegistryError as error:
         raise ReleaseError(str(error)) from error
+    routing = database.routing(usecase)
+    if routing is not None and routing.document["champion"] == version:
+        raise ReleaseError(f"version {version} is the champion of {usecase!r} already")
     if not found.gates_passed and not force:
         raise ReleaseError(
             f"version {version} of {usecase!r} did not pass its gates: train a better one, or force it and say why"

@@ -12,12 +12,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.settings import Settings
 from pipelines.features.windows import view_fingerprint
 from pipelines.spec import UseCase
 from pipelines.training.artifact import Artifact, ArtifactError, Prediction, Runner, verify, verify_apart
-from pipelines.training.registry import Registry, RegistryError
+from pipelines.training.registry import Registry, RegistryError, fetched
 from serving.fallback import Ladder, ladder_of
 
 _PAST_CALLS = 501
@@ -63,16 +64,18 @@ class LoadedVersion:
 
 
 def load_version(use_case: UseCase, version: str, settings: Settings, *, apart: bool = True) -> LoadedVersion:
-    """Downloads, tries and warms the version; raises ``VersionRefused``.
+    """Downloads, tries and warms the version; raises ``VersionRefused``, also when the registry does not answer.
 
     It is tried in a process of its own first, unless this one may die of it (``apart`` False).
     """
     try:
-        directory = Registry(settings).download(use_case.name, version, settings.cache_dir / "models")
+        place = settings.cache_dir / "models"
+        known = fetched(use_case.name, version, place)
+        directory = known or Registry(settings).download(use_case.name, version, place)
         if apart:
             verify_apart(directory)
         artifact = verify(directory)
-    except (ArtifactError, RegistryError) as error:
+    except (ArtifactError, RegistryError, SQLAlchemyError, OSError) as error:
         raise VersionRefused(f"version {version} of {use_case.name!r} does not load: {error}") from error
     expected = view_fingerprint(use_case.view, use_case.contract)
     if artifact.view != expected:
@@ -81,7 +84,11 @@ def load_version(use_case: UseCase, version: str, settings: Settings, *, apart: 
             f"{expected}: deploy the code it was trained with first, or train a version with this code"
         )
     runner = Runner(directory)
-    loaded = LoadedVersion(version, runner, ladder_of(use_case, artifact, runner.normals))
+    try:
+        ladder = ladder_of(use_case, artifact, runner.normals)
+    except ValueError as error:
+        raise VersionRefused(str(error)) from error
+    loaded = LoadedVersion(version, runner, ladder)
     for _ in range(_WARM_CALLS):
         loaded.predict(trial_rows(artifact, 1))
     return loaded

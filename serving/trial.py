@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipelines.training.artifact import Prediction
-from serving.answers import Prepared
+from serving.answers import Other, Prepared
 from serving.challenger import Reply
 from serving.rollout.evidence import Report
 from serving.routing import Challenger, place
@@ -25,6 +26,7 @@ from serving.runner import Rows
 COIN = 0.5
 """Share at which a copied request is counted as the challenger's; the other half counts as the champion's."""
 _COPIES_AT_ONCE = 16
+_REPORT_SHARE, _LONGEST_S = 0.01, 60.0
 _KEYS_REMEMBERED = 10_000
 
 
@@ -39,12 +41,14 @@ class Ask(Protocol):
 class Tally:
     """Counts between two reports. Safe to use from several threads."""
 
-    def __init__(self, gateway: str) -> None:
+    def __init__(self, gateway: str, real: Callable[[], float] = time.monotonic) -> None:
         self._gateway = gateway
         self._lock = threading.Lock()
         self._sequence = 0
         self._waiting: Report | None = None  # sent and not yet acknowledged: it is sent again as it was
         self._counts = _Counts()
+        self._began = self._made = real()
+        self._real = real
 
     def add(self, rollout: int, change: Callable[[_Counts], None]) -> None:
         """Applies ``change`` to the counts of ``rollout``; a newer one drops those before it, for they are over."""
@@ -54,13 +58,19 @@ class Tally:
             if rollout > self._counts.rollout:
                 self._counts = _Counts(rollout)
                 self._sequence = 0
+                self._began = self._made = self._real()
             change(self._counts)
             self._counts.empty = False
 
     def report(self) -> Report | None:
-        """What is to be sent now; the same until ``acknowledged``."""
+        """What is to be sent now, if anything; the same until ``acknowledged``.
+
+        Errors and harm are reported at once. Everything else waits for a hundredth of the time that the rollout has
+        lasted, at most a minute: every report is journalled, and a long canary must not make a long journal.
+        """
         with self._lock:
-            if self._waiting is None and not self._counts.empty:
+            if self._waiting is None and not self._counts.empty and (self._counts.urgent or self._due()):
+                self._made = self._real()
                 self._sequence += 1
                 counts, self._counts = self._counts, _Counts(self._counts.rollout)
                 self._waiting = Report(
@@ -74,8 +84,13 @@ class Tally:
                     disagreed=counts.disagreed,
                     served=counts.served,
                     harmed=counts.harmed,
+                    accidents=counts.accidents,
                 )
             return self._waiting
+
+    def _due(self) -> bool:
+        now = self._real()
+        return now - self._made >= min((now - self._began) * _REPORT_SHARE, _LONGEST_S)
 
     def acknowledged(self) -> None:
         """The report was journalled."""
@@ -93,7 +108,13 @@ class _Counts:
     disagreed: int = 0
     served: int = 0
     harmed: int = 0
+    accidents: int = 0
     empty: bool = True
+
+    @property
+    def urgent(self) -> bool:
+        """Whether something happened that may end the rollout."""
+        return bool(self.errors or self.harmed)
 
 
 def _pairs(counts: dict[float, list[int]]) -> dict[float, tuple[int, int]]:
@@ -106,13 +127,11 @@ def _count(counts: dict[float, list[int]], weight: float, challenger: bool) -> N
 
 @dataclass(frozen=True)
 class Chosen:
-    """The answers of a request: ``taken`` bool [n] are the challenger's, and ``other`` float64 [n] is what the champion
-    said there (NaN elsewhere).
-    """
+    """The answers of a request: ``taken`` bool [n] are the challenger's; ``other`` is what the champion said there."""
 
     prediction: Prediction
     taken: np.ndarray
-    other: np.ndarray
+    other: Other
 
 
 class Trial:
@@ -125,14 +144,18 @@ class Trial:
         slow_s: float,
         tally: Tally,
         allowed: tuple[float, float],
+        champion: str,
     ) -> None:
-        """``slow_s``: a call that takes longer is slow; ``allowed``: the lowest and highest answer of the contract."""
+        """``champion`` is the version it is compared with. A call that takes longer than ``slow_s`` is slow.
+        ``allowed`` are the lowest and the highest answer of the contract.
+        """
         self.challenger = challenger
         self._ask = ask
         self._slow_s = slow_s
         self._tally = tally
         self._low, self._high = allowed
-        self._harmed = 0
+        self._champion = champion
+        self._accidents = 0
         self._copies: set[asyncio.Task[None]] = set()
         self._keys: OrderedDict[str, None] = OrderedDict()
 
@@ -140,33 +163,39 @@ class Trial:
         """Takes over a newer entry of the routing table for the same rollout."""
         self.challenger = challenger
 
-    def assign(self, key: str, count: int) -> np.ndarray:
-        """bool [n]: which instances are the challenger's."""
-        challenger = self.challenger
-        if not self.splits:
-            return np.zeros(count, dtype=bool)
-        places = np.array([place(f"{key}/{i}", challenger.salt) for i in range(count)])
-        return places < challenger.weight
-
     @property
-    def splits(self) -> bool:
-        """Whether instances go to the challenger: none do once it has harmed its cap of answers here."""
-        return self.challenger.weight > 0 and self._harmed < self.challenger.harm_cap
+    def weight(self) -> float:
+        """The challenger's share of the instances now; nothing once it has reached its cap of harm here."""
+        return self.challenger.weight if self._accidents < self.challenger.harm_cap else 0.0
+
+    def assign(self, key: str, count: int, weight: float) -> np.ndarray:
+        """bool [n]: which instances are the challenger's at that ``weight``."""
+        if weight <= 0:
+            return np.zeros(count, dtype=bool)
+        return np.array([place(f"{key}/{i}", self.challenger.salt) for i in range(count)]) < weight
 
     async def choose(
-        self, counted: bool, prepared: Prepared, champion: Prediction, champion_s: float, assigned: np.ndarray
+        self,
+        counted: bool,
+        prepared: Prepared,
+        champion: Prediction,
+        champion_s: float,
+        assigned: np.ndarray,
+        weight: float,
     ) -> Chosen:
-        """The answers to a request of which some instances are ``assigned`` to the challenger.
+        """The answers to a request of which some instances are ``assigned`` to the challenger, at that ``weight``.
 
-        ``counted`` is False for a request that must not be evidence (a repetition).
+        ``counted`` is False for a request that must not be evidence (a repetition). In a batch the champion's time is
+        that of all instances and the challenger's that of its own, which can only be to its advantage.
         """
         challenger, rows = self.challenger, np.flatnonzero(assigned)
         reply = await self._within_deadline(prepared.take(rows))
         taken = np.zeros(len(assigned), dtype=bool)
         if reply is not None:
-            taken[rows] = self._valid(reply.prediction)
+            # What the ladder refuses is refused for every version.
+            taken[rows] = self._valid(reply.prediction) & prepared.usable[rows]
         harmed = int((assigned & ~taken & prepared.usable).sum())
-        self._harmed += harmed
+        self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
         failed = not taken[0] if first else not bool(self._valid(champion)[0])
         took = champion_s if not first else reply.seconds if reply is not None else None
@@ -174,15 +203,18 @@ class Trial:
         def change(counts: _Counts) -> None:
             counts.served += served
             counts.harmed += harmed
+            counts.accidents += harmed > 0
             if counted and prepared.usable[0]:
-                self._judge(counts, challenger.weight, first, failed, took)
+                self._judge(counts, weight, first, failed, took)
 
         self._tally.add(challenger.rollout, change)
-        return _merge(champion, reply, rows, taken)
+        return _merge(champion, reply, rows, taken, self._champion)
 
-    def count_champion(self, counted: bool, prepared: Prepared, champion: Prediction, champion_s: float) -> None:
-        """Counts a request that the split left to the champion."""
-        weight, failed = self.challenger.weight, not bool(self._valid(champion)[0])
+    def count_champion(
+        self, counted: bool, prepared: Prepared, champion: Prediction, champion_s: float, weight: float
+    ) -> None:
+        """Counts a request that the split left to the champion, at that ``weight``."""
+        failed = not bool(self._valid(champion)[0])
         if counted and prepared.usable[0]:
             self._tally.add(
                 self.challenger.rollout, lambda counts: self._judge(counts, weight, False, failed, champion_s)
@@ -208,9 +240,9 @@ class Trial:
         prepared: Prepared,
         champion: Prediction,
         champion_s: float,
-        done: Callable[[np.ndarray, str], None],
+        done: Callable[[Other], None],
     ) -> None:
-        """Asks the challenger behind the caller's back; ``done`` gets its values [n] and its version."""
+        """Asks the challenger behind the caller's back; ``done`` gets what it said."""
         task = asyncio.ensure_future(self._copied(key, counted, prepared, champion, champion_s, done))
         self._copies.add(task)
         task.add_done_callback(self._copies.discard)
@@ -222,27 +254,39 @@ class Trial:
         prepared: Prepared,
         champion: Prediction,
         champion_s: float,
-        done: Callable[[np.ndarray, str], None],
+        done: Callable[[Other], None],
     ) -> None:
         challenger = self.challenger
         reply = await self._within_deadline(prepared.all())
         nothing = np.full(len(prepared.usable), np.nan)
-        valid = self._valid(reply.prediction) if reply is not None else np.zeros(len(nothing), dtype=bool)
-        done(np.where(valid, reply.value, np.nan) if reply is not None else nothing, challenger.version)
-        if not counted or not prepared.usable[0]:
-            return
+        valid = np.zeros(len(nothing), dtype=bool)
+        if reply is not None:
+            valid = self._valid(reply.prediction) & prepared.usable
+        if counted and prepared.usable[0]:
+            self._count_copy(key, champion, champion_s, reply, bool(valid[0]))
+        if reply is None:
+            done(Other(nothing, nothing, nothing, challenger.version))
+        else:
+            value, lower, upper = (
+                np.where(valid, series, np.nan) for series in (reply.value, reply.lower, reply.upper)
+            )
+            done(Other(value, lower, upper, challenger.version))
+
+    def _count_copy(self, key: str, champion: Prediction, champion_s: float, reply: Reply | None, valid: bool) -> None:
+        challenger = self.challenger
         # Each copied request is counted for one of the two versions, by a coin: the tests assume that an event
         # belongs to one of them, and a request that fails in both must not count twice.
         coin = place(key, f"{challenger.salt}/coin") < COIN
         in_shadow = challenger.weight <= 0  # later the assigned requests are the evidence
-        failed = not bool(valid[0]) if coin else not bool(self._valid(champion)[0])
+        fine = bool(self._valid(champion)[0])
+        failed = not (valid if coin else fine)
         took = (reply.seconds if reply is not None else None) if coin else champion_s
         value = float(reply.value[0]) if reply is not None else np.nan
+        disagreed = valid and fine and not champion.lower[0] <= value <= champion.upper[0]
 
         def change(counts: _Counts) -> None:
             counts.copies += 1
-            if valid[0] and not champion.lower[0] <= value <= champion.upper[0]:
-                counts.disagreed += 1
+            counts.disagreed += disagreed
             if in_shadow:
                 if failed:
                     _count(counts.errors, COIN, coin)
@@ -269,6 +313,10 @@ class Trial:
                 np.asarray(answer, dtype=np.float64) for answer in (found.value, found.lower, found.upper)
             )
             reply = Reply(value, lower, upper, float(found.seconds))
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise  # the caller went away
+            return None
         except Exception:  # noqa: BLE001 — whatever a challenger raises or answers is its failure, and counted as one
             return None
         return reply if value.shape == lower.shape == upper.shape == (rows.count,) else None
@@ -281,12 +329,12 @@ class Trial:
         return allowed
 
 
-def _merge(champion: Prediction, reply: Reply | None, rows: np.ndarray, taken: np.ndarray) -> Chosen:
-    answers = [champion.value.copy(), champion.lower.copy(), champion.upper.copy()]
-    other = np.full(len(taken), np.nan)
+def _merge(champion: Prediction, reply: Reply | None, rows: np.ndarray, taken: np.ndarray, version: str) -> Chosen:
+    said = (champion.value, champion.lower, champion.upper)
+    answers = [series.copy() for series in said]
     if reply is not None:
         good = taken[rows]
         for into, given in zip(answers, (reply.value, reply.lower, reply.upper), strict=True):
             into[rows[good]] = given[good]
-        other[taken] = champion.value[taken]
-    return Chosen(Prediction(*answers), taken, other)
+    value, lower, upper = (np.where(taken, series, np.nan) for series in said)
+    return Chosen(Prediction(*answers), taken, Other(value, lower, upper, version))

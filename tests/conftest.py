@@ -22,6 +22,19 @@ os.environ.update(session.driver_environment(CLUSTER))
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / "var" / "cache" / "numba"))
 
 
+# What shares a cluster stays together when two processes share the tests; the longest part is begun first.
+_SHARED = {"demo": "demo", "cluster": "cluster", "ray_cluster": "cluster"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        groups = [group for name, group in _SHARED.items() if name in getattr(item, "fixturenames", ())]
+        if groups:
+            item.add_marker(pytest.mark.xdist_group(groups[0]))
+    layers = ["deployment", "pipeline", "model", "data"]
+    items.sort(key=lambda item: ("demo" not in getattr(item, "fixturenames", ()), layers.index(item.path.parent.name)))
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Settings]:
     """The settings of a running cluster, to which this process is connected."""

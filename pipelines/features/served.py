@@ -47,13 +47,15 @@ SERVED_SCHEMA = pa.schema(
         ("upper", pa.float64()),
         ("other_version", pa.string()),
         ("other_value", pa.float64()),
+        ("other_lower", pa.float64()),
+        ("other_upper", pa.float64()),
     ]
 )
 """One row per answer. ``_time`` is the clock's time at which features were read, ``inputs`` a JSON object of
 the view's inputs, ``stored`` and ``status`` the state's vector in the order of ``view.stored``, ``numeric``
 the model's columns in the order of ``model.numeric``, ``sequence`` and ``generation`` the state they were
-read from, ``view`` its fingerprint. While a version is being tried, ``other_value`` is what the version that did
-not answer made of the same instance, and ``other_version`` which one that was."""
+read from, ``view`` its fingerprint. While a version is being tried, the ``other`` columns are what the version that
+did not answer made of the same instance."""
 
 OUTCOME_SCHEMA = pa.schema([("prediction_id", pa.string()), ("value", pa.float64()), ("at", INSTANT)])
 """One row per outcome that a caller reported; ``at`` is when it became known."""

@@ -24,9 +24,9 @@ class Shadow(Spec):
     The first stage ends when ``requests`` copies were judged and ``time`` has passed on the cluster's clock.
     """
 
-    share: float = PydanticField(default=1.0, ge=0, le=1)
+    share: float = PydanticField(default=1.0, gt=0, le=1)
     requests: int = PydanticField(default=200, ge=1)
-    time: timedelta = timedelta(minutes=10)
+    time: timedelta = PydanticField(default=timedelta(minutes=10), ge=timedelta(0))
 
 
 class CanaryStep(Spec):
@@ -34,7 +34,7 @@ class CanaryStep(Spec):
 
     weight: float = PydanticField(gt=0, le=0.5)
     requests: int = PydanticField(default=200, ge=1)
-    time: timedelta = timedelta(minutes=30)
+    time: timedelta = PydanticField(default=timedelta(minutes=30), ge=timedelta(0))
 
 
 class Labels(Spec):
@@ -51,7 +51,7 @@ class Labels(Spec):
     clip: float = PydanticField(default=0.08, gt=0)
     confidence: float = PydanticField(default=0.95, gt=0, lt=1)
     days: int = PydanticField(default=7, ge=1)
-    grace: timedelta = timedelta(hours=1)
+    grace: timedelta = PydanticField(default=timedelta(hours=1), ge=timedelta(0))
 
     @model_validator(mode="after")
     def _margin_lies_inside(self) -> Self:
@@ -66,11 +66,11 @@ class ReleasePolicy(Spec):
     ``alpha`` is the probability of ever withdrawing a version that is as good as the champion, split over the
     guardrails by ``split`` (equally when empty). ``tolerance`` is the excess over the champion's rate of errors or
     slow calls that is put up with. A call is slow above ``slow_factor`` times the champion's median time inside the
-    runner, at least ``slow_floor_ms``. Two answers disagree when they are further apart than the champion's interval
-    half-width; ``disagreement`` is the declared rate of that. After ``harm_cap`` harmed answers (the champion had to
-    step in for the challenger) the challenger is withdrawn at once. A caller's request waits for the challenger at
-    most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails alone. A rollout that is not
-    decided within ``patience`` ends as inconclusive.
+    runner, at least ``slow_floor_ms``. The challenger disagrees when its answer lies outside the champion's interval;
+    ``disagreement`` is the declared rate of that. After ``harm_cap`` requests with harmed answers (the champion had to
+    step in) the challenger is withdrawn at once; the cap is no part of alpha. A caller's request waits for the
+    challenger at most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails alone. A rollout that
+    is not decided within ``patience`` ends as inconclusive.
     """
 
     shadow: Shadow = Shadow()
@@ -82,10 +82,10 @@ class ReleasePolicy(Spec):
     slow_floor_ms: float = PydanticField(default=0.5, ge=0)
     disagreement: float = PydanticField(default=0.1, gt=0, lt=1)
     harm_cap: int = PydanticField(default=25, ge=1)
-    deadline_ms: float = PydanticField(default=250.0, gt=0)
+    deadline_ms: float = PydanticField(default=250.0, gt=0, le=4000)
     labels: Labels | None = None
     approval: bool = False
-    patience: timedelta = timedelta(days=30)
+    patience: timedelta = PydanticField(default=timedelta(days=30), gt=timedelta(0))
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -15,7 +15,9 @@ import numpy as np
 GRID = 24
 """How many alternatives each mixture holds."""
 _LARGEST_RATIO = 50.0
-_SMALLEST_BET, _LARGEST_BET = 0.02, 0.75  # as shares of the bet at which one value could cost everything
+# As shares of the bet at which one value could cost everything. Evenly spaced: values that come once a day are few, and
+# with few values it is the large bets that tell.
+_SMALLEST_BET, _LARGEST_BET = 0.04, 0.95
 
 Counts = Mapping[float, tuple[int, int]]
 """Events by the challenger's share at assignment: how many were the challenger's, how many the champion's."""
@@ -86,7 +88,7 @@ def mean_below_log_e(values: Sequence[float] | np.ndarray, bound: float) -> floa
     found = np.asarray(values, dtype=np.float64)
     if found.size and not (np.abs(found) <= 1.0).all():
         raise ValueError(f"values must lie in [-1, 1]; found {found.min()} to {found.max()}")
-    bets = np.geomspace(_SMALLEST_BET, _LARGEST_BET, GRID)
+    bets = np.linspace(_SMALLEST_BET, _LARGEST_BET, GRID)
     return _log_mean_exp(np.log1p(np.outer(bets, (bound - found) / (1 - bound))).sum(axis=1))
 
 

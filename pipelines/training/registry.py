@@ -50,7 +50,19 @@ class ModelVersion:
 
 
 class RegistryError(RuntimeError):
-    """The registry does not hold what was asked for, or holds it damaged; the message says what to do."""
+    """The registry does not answer, does not hold what was asked for, or holds it damaged; the message says which."""
+
+
+def fetched(model: str, version: str, directory: Path | str) -> Path | None:
+    """Where ``Registry.download`` has put a version before, its digests checked; None when it has not.
+
+    It spares a process MLflow, whose import takes seconds. Raises ``ArtifactError`` for a damaged one.
+    """
+    target = Path(directory) / model / version
+    if not target.exists():
+        return None
+    load(target)
+    return target
 
 
 class Registry:
@@ -106,7 +118,7 @@ class Registry:
             found = self._client.get_model_version(model, version)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+                raise RegistryError(f"the registry does not answer: {error}") from error
             raise RegistryError(f"the registry has no version {version} of {model!r}") from error
         tags = dict(found.tags)
         return ModelVersion(
@@ -125,6 +137,7 @@ class Registry:
         moves in.
         """
         from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
 
         target = Path(directory) / model / version
         if not target.exists():
@@ -132,9 +145,12 @@ class Registry:
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=target.parent))
             try:
-                fetched = download_artifacts(
-                    artifact_uri=entry.source, dst_path=str(beside), tracking_uri=self._settings.mlflow_url
-                )
+                try:
+                    fetched = download_artifacts(
+                        artifact_uri=entry.source, dst_path=str(beside), tracking_uri=self._settings.mlflow_url
+                    )
+                except MlflowException as error:
+                    raise RegistryError(f"version {version} of {model!r} cannot be fetched: {error}") from error
                 load(fetched)
                 try:
                     Path(fetched).rename(target)

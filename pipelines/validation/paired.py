@@ -1,7 +1,7 @@
 """Two versions on the same instances: the difference of their losses by day, once outcomes have matured.
 
-The loss is the absolute error in units of the half-width of the interval that was answered, so that districts, areas
-or homes of very different size count alike.
+The loss is the absolute error in units of the champion's interval half-width, so that districts, areas or homes of
+very different size count alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 
 _DAY_US = 86_400_000_000
-_COLUMNS = ["prediction_id", "_time", "model_version", "value", "lower", "upper", "other_version", "other_value"]
+_COLUMNS = [
+    "prediction_id", "_time", "model_version", "value", "lower", "upper",
+    "other_version", "other_value", "other_lower", "other_upper",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,22 @@ def paired_days(
 ) -> tuple[PairedDay, ...]:
     """Every complete day after ``since_us`` on which both versions answered instances whose outcomes are known.
 
-    A day is complete when ``now_us`` is ``grace_us`` past the time at which its last outcome was due. The first day
-    counts from ``since_us`` on. Moments in microseconds.
+    A day is complete when it is ``grace_us`` past the time at which its last outcome was due, by ``now_us`` and by the
+    newest outcome in the table as well: what was not moved there yet cannot be counted. The first day counts from
+    ``since_us`` on. Moments in microseconds.
     """
-    last = (now_us - microseconds(use_case.model.target.horizon) - grace_us) // _DAY_US  # the first incomplete day
     names = predictions_table(use_case), outcomes_table(use_case)
-    if since_us >= last * _DAY_US or not all(tables.exists(name) for name in names):
+    if not all(tables.exists(name) for name in names):
+        return ()
+    outcomes = tables.read(
+        names[1], columns=["prediction_id", "value", "at"], filter=pc.field("at") >= _instant(since_us)
+    )
+    newest = pc.max(outcomes.column("at").cast(pa.int64())).as_py() or 0
+    last = complete_days(use_case, min(now_us, newest), grace_us)
+    if since_us >= last * _DAY_US:
         return ()
     window = (pc.field("_time") >= _instant(since_us)) & (pc.field("_time") < _instant(last * _DAY_US))
     logged = tables.read(names[0], columns=_COLUMNS, filter=window & pc.field("other_value").is_valid())
-    outcomes = tables.read(names[1], columns=["prediction_id", "value"])
     return compare(logged, outcomes, champion=champion, challenger=challenger)
 
 
@@ -55,13 +64,14 @@ def compare(logged: pa.Table, outcomes: pa.Table, *, champion: str, challenger: 
     place = pc.index_in(logged.column("prediction_id"), value_set=outcomes.column("prediction_id").combine_chunks())
     logged = logged.filter(pc.is_valid(place))
     actual = outcomes.column("value").take(pc.drop_null(place)).to_numpy()
-    version = np.array(logged.column("model_version").to_pylist(), dtype=object)
-    other = np.array(logged.column("other_version").to_pylist(), dtype=object)
-    value, its = logged.column("value").to_numpy(), logged.column("other_value").to_numpy()
-    half = (logged.column("upper").to_numpy() - logged.column("lower").to_numpy()) / 2
-    sign = np.select(
-        [(version == champion) & (other == challenger), (version == challenger) & (other == champion)], [1.0, -1.0], 0.0
+    champions = _pair(logged, champion, challenger)
+    challengers = _pair(logged, challenger, champion)
+    value, its, lower, upper, other_lower, other_upper = (
+        logged.column(name).to_numpy()
+        for name in ("value", "other_value", "lower", "upper", "other_lower", "other_upper")
     )
+    sign = np.select([champions, challengers], [1.0, -1.0], 0.0)
+    half = np.where(champions, upper - lower, other_upper - other_lower) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = sign * (np.abs(its - actual) - np.abs(value - actual)) / half
     day = logged.column("_time").cast(pa.int64()).to_numpy() // _DAY_US
@@ -70,6 +80,18 @@ def compare(logged: pa.Table, outcomes: pa.Table, *, champion: str, challenger: 
     return tuple(
         PairedDay(int(one), int((day == one).sum()), float(difference[day == one].mean())) for one in np.unique(day)
     )
+
+
+def complete_days(use_case: UseCase, now_us: int, grace_us: int) -> int:
+    """The first UTC day (days since 1970) whose outcomes were not all due ``grace_us`` before ``now_us``."""
+    return (now_us - microseconds(use_case.model.target.horizon) - grace_us) // _DAY_US
+
+
+def _pair(logged: pa.Table, answered: str, other: str) -> np.ndarray:
+    """bool [n]: where ``answered`` answered and ``other`` did not."""
+    both = pc.and_(pc.equal(logged.column("model_version"), answered), pc.equal(logged.column("other_version"), other))
+    found: np.ndarray = pc.fill_null(both, False).to_numpy()
+    return found
 
 
 def _instant(moment_us: int) -> pa.Scalar:

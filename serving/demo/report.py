@@ -1,4 +1,4 @@
-"""What a demo run says: progress while it runs, a scoreboard at its end, and ``report.json``."""
+"""What a demo run takes and says: its size, progress while it runs, a scoreboard at its end, and ``report.json``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the real data is taken, and how many settings are searched; None is all, and the page's number."""
+
+    history_days: int | None
+    replay_days: int
+    trials: int | None
 
 
 class StepFailed(RuntimeError):

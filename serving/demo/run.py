@@ -14,7 +14,8 @@ from pathlib import Path
 from cluster import session
 from cluster.settings import Settings
 from pipelines import usecases
-from serving.demo.report import Report
+from pipelines.spec import SearchSpace, UseCase
+from serving.demo.report import Report, Size
 
 _MARK = ".tidegate-demo"
 _STEPS = (
@@ -33,14 +34,14 @@ _RELEASE_STEPS = (
 )
 
 
-def demo(usecase: str, *, home: Path, history_days: int | None, replay_days: int, keep: bool) -> None:
+def demo(usecase: str, *, home: Path, size: Size, keep: bool) -> None:
     """Runs all steps; a step that fails is named, and its error raised. ``home`` is emptied first."""
     usecases.load(usecase)  # an unknown name is refused before anything is emptied
     settings = _settings(home)
     with _only_run(settings.home):
         session.down(settings)  # what a killed run left
         _empty(settings.home)
-        _all_steps(usecase, settings, history_days, replay_days, keep)
+        _all_steps(usecase, settings, size, keep)
 
 
 @contextmanager
@@ -62,13 +63,13 @@ def _only_run(home: Path) -> Iterator[None]:
         yield
 
 
-def _all_steps(usecase: str, settings: Settings, history_days: int | None, replay_days: int, keep: bool) -> None:
+def _all_steps(usecase: str, settings: Settings, size: Size, keep: bool) -> None:
     use_case = usecases.load(usecase)
     report = Report(settings.home / "report.json", _say)
     _say(f"{use_case.title}; everything is kept in {settings.home}")
     done = False
     try:
-        _run(usecase, settings, report, history_days, replay_days)
+        _run(usecase, settings, report, size)
         done = True
     finally:
         session.disconnect()
@@ -82,6 +83,15 @@ def _all_steps(usecase: str, settings: Settings, history_days: int | None, repla
     _say(f"report: {report.path}")
 
 
+def _searching(use_case: UseCase, trials: int | None) -> UseCase:
+    """The use case with that many trials in its search; unchanged when None."""
+    if trials is None or use_case.retraining is None:
+        return use_case
+    search = SearchSpace.model_validate({**use_case.retraining.search.model_dump(), "trials": trials})
+    retraining = use_case.retraining.model_copy(update={"search": search})
+    return use_case.model_copy(update={"retraining": retraining})
+
+
 def _quiet() -> None:
     """What libraries say of their own progress; their warnings stay."""
     for name in ("ray.serve", "ray.data", "ray.train", "ray.tune"):
@@ -89,12 +99,12 @@ def _quiet() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # which operators of packages it does not have
 
 
-def _run(usecase: str, settings: Settings, report: Report, history_days: int | None, replay_days: int) -> None:
+def _run(usecase: str, settings: Settings, report: Report, size: Size) -> None:
     running = session.up(settings, say=_say)
     from serving.demo.steps import Demo  # after `up`: Serve reads its flags when it is imported
 
     _quiet()
-    demo = Demo.over(usecases.load(usecase), settings, _say, running.http, history_days, replay_days)
+    demo = Demo.over(_searching(usecases.load(usecase), size.trials), settings, _say, running.http, size)
     try:
         for name, title in (*_STEPS, *(_RELEASE_STEPS if demo.tries_releases else ())):
             report.run(name, title, getattr(demo, name))

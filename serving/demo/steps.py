@@ -38,7 +38,7 @@ from serving.auth import owner_key
 from serving.client import Client
 from serving.demo.release import DRILLS, Releases
 from serving.demo.replay import Replay
-from serving.demo.report import expect
+from serving.demo.report import Size, expect
 from serving.demo.retraining import retrain_on_drift
 from serving.demo.sensor import sensor_offline
 from serving.rollout.machine import Kind
@@ -77,17 +77,16 @@ class Demo:
         settings: Settings,
         say: Callable[[str], None],
         url: str,
-        history_days: int | None,
-        replay_days: int,
+        size: Size,
     ) -> Demo:
         """The last ``replay_days`` are replayed; ``history_days`` before them (all, when None) are history."""
         rows = samples.rows(use_case)
         times = event_time(use_case.contract, rows).to_numpy()
         day = 86_400_000_000
         end = (int(times.max()) // day + 1) * day
-        start = end - replay_days * day
-        if history_days is not None:
-            rows = rows.filter(pa.array(times >= start - history_days * day))
+        start = end - size.replay_days * day
+        if size.history_days is not None:
+            rows = rows.filter(pa.array(times >= start - size.history_days * day))
         return cls(use_case, settings, say, rows, start, url)
 
     def contract(self) -> dict[str, Any]:

@@ -8,53 +8,63 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from deltalake.exceptions import DeltaError
+from pydantic import ValidationError
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.alerts import Alerts
-from cluster.clock import open_clock
+from cluster.clock import Clock, open_clock
 from cluster.database import Database, StaleEpoch, StaleJournal
 from cluster.session import NAMESPACE
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
+from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
-from pipelines.validation.paired import paired_days
-from serving.rollout.controller import Controller
-from serving.rollout.journal import Journal
-from serving.rollout.machine import Phase
+from pipelines.training.artifact import ArtifactError
+from pipelines.training.registry import Registry, RegistryError
+from pipelines.validation.paired import complete_days, paired_days
+from serving.rollout.controller import Controller, aliases
+from serving.rollout.journal import Journal, Situation
+from serving.rollout.machine import Phase, State
 from serving.rollout.world import ServeWorld
 
 logger = logging.getLogger(__name__)
 
-ALERT = "rollout_failing"
+ALERT, REGISTRY_ALERT = "rollout_failing", "registry_failing"
 _TURN_S = 0.05
 _LABELS_S = 1.0
 _AFTER_FAILURE_S = 1.0
+_RESTART_S = 30.0
+_DAY_US = 86_400_000_000
+_TRIED = (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
+# What the parts around the controller may fail with for a while.
+_OUTSIDE = (SQLAlchemyError, RayError, RayServeException, OSError)
+
+
+class ControllerStarting(RuntimeError):
+    """The controller has not read its journal yet; callers go on with what they have."""
 
 
 class RolloutActor:
     """The actor's class; its methods are called from gateways and from operators."""
 
     def __init__(self, usecase: str) -> None:
-        settings = Settings.from_environment()
-        self._use_case = usecases.load(usecase)
-        database = Database(settings.database_url)
-        self._clock = open_clock(settings)
-        self._tables = Tables(settings.tables_url, settings.storage_options)
-        self._alerts = Alerts(database, self._clock)
-        world = ServeWorld(self._use_case, database, settings)
-        self._controller = Controller(self._use_case, Journal(database, usecase), world, self._clock)
-        self._wheel = threading.Thread(target=self._ending_with_the_process, args=(self._turn,), daemon=True)
-        self._labels = threading.Thread(target=self._ending_with_the_process, args=(self._read_labels,), daemon=True)
-        self._wheel.start()
-        self._labels.start()
+        # Nothing here may fail: Ray does not start an actor again whose constructor raised.
+        self._usecase = usecase
+        self._made: Controller | None = None
+        for work in (self._turn, self._read_labels, self._show):
+            threading.Thread(target=self._ending_with_the_process, args=(work,), daemon=True).start()
 
     def exchange(self, *arguments: Any) -> dict[str, Any] | None:
         """``Controller.exchange``."""
@@ -68,58 +78,127 @@ class RolloutActor:
         """``Controller.status``."""
         return self._controller.status()
 
-    def _ending_with_the_process(self, work: Any) -> None:
+    def ping(self) -> None:
+        """Answers as soon as the process is there."""
+
+    @property
+    def _controller(self) -> Controller:
+        if self._made is None:
+            raise ControllerStarting(f"the rollout controller of {self._usecase!r} is starting")
+        return self._made
+
+    def _ending_with_the_process(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException:
             # Half a controller would be worse than none: Ray starts a whole one, which goes on from the journal.
-            logger.exception("the rollout controller of %s ends", self._use_case.name)
+            logger.exception("the rollout controller of %s ends", self._usecase)
             os._exit(1)
 
-    def _turn(self) -> None:
-        from mlflow.exceptions import MlflowException
+    def _parts(self) -> _Parts:
+        settings = Settings.from_environment()
+        database, clock = Database(settings.database_url), open_clock(settings)
+        tables = Tables(settings.tables_url, settings.storage_options)
+        return _Parts(usecases.load(self._usecase), settings, database, clock, tables, Alerts(database, clock))
 
-        pause, failing = threading.Event(), False
+    def _turn(self) -> None:
+        parts, pause, told = self._parts(), threading.Event(), False
         while True:
             try:
-                self._controller.turn()
-                if failing:
-                    self._alerts.resolve(ALERT, self._use_case.name, "the controller acts again")
-                failing = False
+                if self._made is None:
+                    world = ServeWorld(parts.use_case, parts.database, parts.alerts)
+                    self._made = Controller(parts.use_case, Journal(parts.database, self._usecase), world, parts.clock)
+                self._made.turn()
+                if not told:  # by this process: an earlier one may have opened the alert
+                    parts.alerts.resolve(ALERT, self._usecase, "the controller acts")
+                    told = True
             except (StaleEpoch, StaleJournal):
-                pass  # another controller acted; the next turn begins from what it did
-            except (OperationalError, RayError, RayServeException, MlflowException) as error:
+                pass  # another controller acted, and its journal was read again
+            except _OUTSIDE as error:
                 # Nothing is lost: what the state requires is tried again, and gateways keep their last table.
-                logger.warning("a turn of the rollout controller of %s failed: %s", self._use_case.name, error)
-                if not isinstance(error, OperationalError):
-                    self._alerts.open(ALERT, self._use_case.name, str(error)[:500])
-                    failing = True
+                logger.warning("a turn of the rollout controller of %s failed: %s", self._usecase, error)
+                told = False
+                _open(parts.alerts, ALERT, self._usecase, error)
                 pause.wait(_AFTER_FAILURE_S)
             pause.wait(_TURN_S)
 
     def _read_labels(self) -> None:
-        pause = threading.Event()
+        """Matured outcomes; read only when a day has become complete since those that are known."""
+        parts, pause = self._parts(), threading.Event()
         while not pause.wait(_LABELS_S):
-            situation = self._controller.situation
-            state, labels = situation.state, situation.policy.labels
-            tried = state.phase in (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
-            if not tried or labels is None or state.champion is None or state.challenger is None:
+            situation = self._made.situation if self._made is not None else Situation()
+            state, evidence = situation.state, situation.evidence
+            if state.phase not in _TRIED or state.champion is None or state.challenger is None:
                 continue
             try:
+                labels = situation.policy.labels
+                if labels is None:
+                    continue
+                now, grace = parts.clock.now(), microseconds(labels.grace)
+                known = evidence.days[-1].day if evidence.days else evidence.started_us // _DAY_US - 1
+                if complete_days(parts.use_case, now, grace) - 1 <= known:
+                    continue
                 days = paired_days(
-                    self._use_case,
-                    self._tables,
+                    parts.use_case,
+                    parts.tables,
                     champion=state.champion,
                     challenger=state.challenger,
-                    since_us=situation.evidence.started_us,
-                    now_us=self._clock.now(),
-                    grace_us=microseconds(labels.grace),
+                    since_us=evidence.started_us,
+                    now_us=now,
+                    grace_us=grace,
                 )
                 self._controller.take_labels(state.rollout, days)
             except (StaleEpoch, StaleJournal):
                 continue
-            except (OSError, DeltaError, OperationalError) as error:
-                logger.warning("the outcomes of %s could not be read: %s", self._use_case.name, error)
+            except ValidationError:
+                continue  # the judge ends a rollout whose policy does not fit
+            except (*_OUTSIDE, DeltaError) as error:
+                logger.warning("the outcomes of %s could not be read: %s", self._usecase, error)
+
+    def _show(self) -> None:
+        """Keeps MLflow's aliases and this node's copy of a new version up to date. Nothing waits for either."""
+        from mlflow.exceptions import MlflowException
+
+        parts, pause = self._parts(), threading.Event()
+        registry: Registry | None = None
+        shown: dict[str, str] | None = None
+        while not pause.wait(_TURN_S * 4):
+            state = self._made.state if self._made is not None else State()
+            wanted = aliases(state)
+            if wanted == shown or not wanted:
+                continue
+            try:
+                registry = registry or Registry(parts.settings)
+                if state.phase is Phase.STARTING and state.challenger is not None:
+                    # MLflow is imported here already; a replica on this node is spared that.
+                    registry.download(self._usecase, state.challenger, parts.settings.cache_dir / "models")
+                registry.show_aliases(self._usecase, wanted)
+                parts.alerts.resolve(REGISTRY_ALERT, self._usecase, "the registry takes aliases again")
+                shown = wanted
+            except (MlflowException, RegistryError, ArtifactError, SQLAlchemyError, OSError) as error:
+                logger.warning("the registry does not show the versions of %s: %s", self._usecase, error)
+                _open(parts.alerts, REGISTRY_ALERT, self._usecase, error)
+                pause.wait(_AFTER_FAILURE_S * 10)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a thread of the actor works with."""
+
+    use_case: UseCase
+    settings: Settings
+    database: Database
+    clock: Clock
+    tables: Tables
+    alerts: Alerts
+
+
+def _open(alerts: Alerts, name: str, usecase: str, error: Exception) -> None:
+    try:
+        alerts.open(name, usecase, str(error)[:500])
+    except SQLAlchemyError as failure:
+        # Without the database there is no place for an alert; gateways report it in their readiness.
+        logger.warning("the alert %s of %s could not be opened: %s", name, usecase, failure)
 
 
 def start(usecase: str) -> ActorHandle[Any]:
@@ -135,6 +214,21 @@ def start(usecase: str) -> ActorHandle[Any]:
         max_concurrency=64,
     ).remote(usecase)
     return found
+
+
+def restart(usecase: str) -> None:
+    """A controller with the code and the page of now; the one that runs ends, and the journal tells the new one all."""
+    with suppress(ValueError):  # none runs
+        ray.kill(handle(usecase))
+    deadline = time.monotonic() + _RESTART_S
+    while True:
+        try:
+            ray.get(start(usecase).ping.remote(), timeout=_RESTART_S)
+            return
+        except RayError:  # the old one is still on its way out under the same name
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def handle(usecase: str) -> ActorHandle[Any]:

@@ -7,6 +7,8 @@ table without it. The Ray actor around it is ``serving.rollout.actor``.
 
 from __future__ import annotations
 
+import math
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -14,21 +16,27 @@ from dataclasses import asdict
 from enum import StrEnum
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from cluster.clock import Clock
 from cluster.database import ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines.spec import ReleasePolicy, UseCase
 from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Report
-from serving.rollout.journal import Journal, Situation, replay
+from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import Action, Verdict, judge, measure
-from serving.rollout.machine import Effect, Kind, NotAllowed, Phase, State, required
+from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required
 from serving.routing import Challenger, RoutingTable
 
 START_TIMEOUT_S = 180.0
 PROMOTE_TIMEOUT_S = 90.0
 _APPLY_TIMEOUT_S = 15.0
-_LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S, _REQUESTS_EVERY_S = 2.0, 0.25
 _TRIED = (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
+
+
+def _salt() -> str:
+    return secrets.token_hex(8)
 
 
 class Standing(StrEnum):
@@ -63,12 +71,12 @@ class World(Protocol):
         """Where it stands, and why."""
         ...
 
-    def close(self, version: str, outcome: str) -> None:
-        """Writes the outcome into the release request."""
+    def close(self, version: str, outcome: str, request: int | None) -> None:
+        """Writes the outcome into that release request of the version."""
         ...
 
-    def show(self, aliases: dict[str, str]) -> None:
-        """Shows the versions in the registry."""
+    def tell(self, alerts: dict[str, str]) -> None:
+        """Has these alerts open, by name and detail, and no other of the rollout's."""
         ...
 
     def next_request(self) -> ReleaseRequest | None:
@@ -90,19 +98,22 @@ class Controller:
         world: World,
         clock: Clock,
         real: Callable[[], float] = time.monotonic,
+        draw: Callable[[], str] = _salt,
     ) -> None:
         self._use_case = use_case
         self._journal = journal
         self._world = world
         self._clock = clock
+        self._draw = draw
         self._real = real  # time-outs of machinery are real time, also under a replay clock
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self.situation = replay(journal.read())
+        self.situation = journal.situation()
         self.table = world.table()
         self._made_true: State | None = None
         self._entered = real()
-        self._looked = -_LOOK_EVERY_S
+        self._looked = -math.inf
+        self._absent_since: float | None = None
         self._applied: dict[str, int] = {}
         self._prepared: dict[str, set[str]] = {}
         self._unrouted_s: float | None = None
@@ -147,29 +158,31 @@ class Controller:
             raise NotAllowed(f"{name!r} is none of {', '.join(kinds)}")
         with self._lock:
             self._record(kinds[name], {"by": by, "reason": reason})
-            self._route()
+            self._changed.notify_all()  # the next turn does what follows
             return self.status()
 
     def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:
-        """The complete days of a rollout with matured outcomes; nothing happens when they are known."""
+        """The complete days of a rollout with matured outcomes; those that are known change nothing."""
         with self._lock:
             fits = self.state.phase in _TRIED and self.state.rollout == rollout
-            if fits and days != self.situation.evidence.days:
-                self._record(Kind.LABELS, {"days": [asdict(day) for day in days]})
+            later = self.situation.evidence.later(days)
+            if fits and later:
+                self._record(Kind.LABELS, {"days": [asdict(day) for day in later]})
                 self._judge()
 
     def status(self) -> dict[str, Any]:
         """State, evidence and what the judge says of it."""
         with self._lock:
-            return describe(self.situation, self._clock.now()) | {"epoch": self.table.epoch if self.table else 0}
+            return describe(self.situation, self._clock.now())
 
     def turn(self) -> None:
         """Makes the world what the state requires, looks at it, and decides."""
         with self._lock:
-            self._perform()
-            self._observe()
-            self._judge()
-            self._perform()
+            try:
+                self._perform()
+            finally:  # an effect that fails must not keep time-outs and verdicts from happening
+                self._observe()
+                self._judge()
 
     # What follows is called with the lock held.
 
@@ -178,15 +191,21 @@ class Controller:
         try:
             self.situation = self._journal.append(self.situation, kind, payload, self._clock.now())
         except StaleJournal:
-            self.situation = replay(self._journal.read())  # another controller decided: its word counts
-            self._made_true = None
+            self._reread()
             raise
         if self.state != before:
-            self._entered, self._looked = self._real(), -_LOOK_EVERY_S
+            self._entered, self._looked, self._absent_since = self._real(), -math.inf, None
             self._changed.notify_all()
 
+    def _reread(self) -> None:
+        """Another controller acted: its word counts."""
+        self.situation, self.table, self._made_true = self._journal.situation(), self._world.table(), None
+
     def _take(self, report: Report) -> None:
-        if report.rollout != self.state.rollout or self.state.phase not in (*_TRIED, Phase.WITHDRAWING):
+        if report.rollout > self.state.rollout:
+            self._reread()
+            raise StaleJournal(f"gateway {report.gateway} is in rollout {report.rollout}: the journal was read again")
+        if report.rollout < self.state.rollout or self.state.phase not in (*_TRIED, Phase.WITHDRAWING):
             return  # counted for a rollout that is over
         if self.situation.evidence.is_next(report):
             self._record(Kind.EVIDENCE, report.model_dump(mode="json"))
@@ -196,7 +215,13 @@ class Controller:
         if self.state.phase not in _TRIED:
             return
         situation = self.situation
-        verdict = judge(situation.policy, situation.state, situation.evidence, self._clock.now())
+        try:
+            policy = situation.policy
+        except ValidationError as error:
+            reason = f"the policy it was started with does not fit this code: {error.errors()[0]['msg']}"
+            self._record(Kind.FAILED, {"reason": reason})
+            return
+        verdict = judge(policy, situation.state, situation.evidence, self._clock.now())
         if verdict.action is not Action.HOLD:
             self._record(_DECIDED[verdict.action], _payload(verdict, situation))
             self._route()
@@ -211,23 +236,21 @@ class Controller:
                     self._route()
                 case Effect.DEPLOY:
                     self._world.deploy(state.challenger or "")
-                case Effect.WITHDRAW:
-                    self._world.withdraw(state.challenger or "")
                 case Effect.CLOSE:
                     if state.ended is not None and state.outcome is not None:
-                        self._world.close(state.ended, state.outcome)
-                case Effect.SHOW:
-                    self._world.show(aliases(state))
+                        self._world.close(state.ended, state.outcome, state.request)
+                case Effect.TELL:
+                    self._world.tell(alerts(state))
         self._made_true = state
 
     def _route(self) -> None:
-        wanted = document(self._use_case, self.situation)
+        wanted = document(self.situation)
         if wanted is None:
             return
         try:
             self.table = self._world.publish(self.table, wanted)
         except StaleEpoch:
-            self.table = self._world.table()
+            self._reread()
             raise
         self._changed.notify_all()
 
@@ -235,8 +258,7 @@ class Controller:
         state = self.state
         match state.phase:
             case Phase.EMPTY | Phase.IDLE:
-                if (request := self._world.next_request()) is not None:
-                    self._begin(request)
+                self._observe_requests(state)
             case Phase.STARTING:
                 self._observe_start(state)
             case Phase.SHADOW | Phase.CANARY:
@@ -246,22 +268,50 @@ class Controller:
             case Phase.WITHDRAWING:
                 self._observe_withdrawal(state)
 
-    def _begin(self, request: ReleaseRequest) -> None:
-        if self.state.phase is Phase.EMPTY:
-            self._record(Kind.ADOPTED, {"version": request.version, **request.payload})
+    def _observe_requests(self, state: State) -> None:
+        if state.phase is Phase.EMPTY and self.table is not None:
+            # A champion from before there was a journal stays what it is.
+            self._record(Kind.ADOPTED, {"version": self.table.champion, "reason": "it answered already"})
+            return
+        ready = state.phase is Phase.EMPTY or state == self._made_true
+        if not ready or not self._due(_REQUESTS_EVERY_S):
+            return
+        request = self._world.next_request()
+        if request is None:
+            return
+        if state.phase is Phase.EMPTY:
+            self._record(
+                Kind.ADOPTED,
+                {"version": request.version, **request.payload, "request_sequence": request.sequence},
+            )
             return
         given = request.payload.get("policy")
-        policy = self._use_case.release if given is None else ReleasePolicy.model_validate(given)
+        try:
+            policy = self._use_case.release if given is None else ReleasePolicy.model_validate(given)
+        except ValidationError:
+            policy = None
+        if policy is None or request.version == state.champion:
+            self._world.close(request.version, "refused", request.sequence)
+            return
         self._record(
             Kind.STARTED,
             {
                 "version": request.version,
-                "champion": self.state.champion,
+                "champion": state.champion,
                 "weights": [step.weight for step in policy.steps],
+                "salt": self._draw(),
                 "policy": policy.model_dump(mode="json"),
                 "request": request.payload,
+                "request_sequence": request.sequence,
             },
         )
+
+    def _due(self, every_s: float) -> bool:
+        """True once in that time, and at once after the state has changed."""
+        due = self._real() - self._looked >= every_s
+        if due:
+            self._looked = self._real()
+        return due
 
     def _observe_start(self, state: State) -> None:
         standing, why = self._world.standing(state.challenger or "")
@@ -273,11 +323,16 @@ class Controller:
             self._record(Kind.FAILED, {"reason": f"it did not start within {START_TIMEOUT_S:g} s: {why}"})
 
     def _observe_trial(self, state: State) -> None:
-        if self._real() - self._looked < _LOOK_EVERY_S:
+        if not self._due(_LOOK_EVERY_S):
             return
-        self._looked = self._real()
-        if self._world.standing(state.challenger or "")[0] is Standing.ABSENT:
-            self._record(Kind.FAILED, {"reason": "its application is gone"})
+        if self._world.standing(state.challenger or "")[0] is not Standing.ABSENT:
+            self._absent_since = None
+            return
+        # The whole cluster may have been started anew, which is no fault of the version.
+        self._made_true = None
+        self._absent_since = self._absent_since or self._real()
+        if self._real() - self._absent_since > START_TIMEOUT_S:
+            self._record(Kind.FAILED, {"reason": "its application is gone and does not come back"})
 
     def _observe_promotion(self, state: State) -> None:
         live = self._world.gateways()
@@ -289,14 +344,19 @@ class Controller:
             self._record(Kind.FAILED, {"reason": reason})
 
     def _observe_withdrawal(self, state: State) -> None:
+        live = self._world.gateways()
         if self._unrouted_s is None:
-            followed = all(self._applied.get(g, 0) >= self._epoch() for g in self._world.gateways())
-            if followed or self._since_entered() > _APPLY_TIMEOUT_S:
-                self._unrouted_s = self._since_entered()
-        gone = self._world.standing(state.challenger or "")[0] is Standing.ABSENT
-        if gone and self._unrouted_s is not None:
+            followed = all(self._applied.get(gateway, 0) >= self._epoch() for gateway in live)
+            if not followed and self._since_entered() <= _APPLY_TIMEOUT_S:
+                return  # first nobody asks it any more, then it goes
+            self._unrouted_s = self._since_entered()
+            self._applied = {gateway: self._applied.get(gateway, 0) for gateway in live}
+            self._prepared = {gateway: self._prepared.get(gateway, set()) for gateway in live}
+        if self._world.standing(state.challenger or "")[0] is Standing.ABSENT:
             self._record(Kind.WITHDRAWN, {"zero_weight_s": round(self._unrouted_s, 4)})
             self._unrouted_s = None
+        elif self._due(_LOOK_EVERY_S):
+            self._world.withdraw(state.challenger or "")
 
     def _epoch(self) -> int:
         return self.table.epoch if self.table is not None else 0
@@ -341,7 +401,8 @@ def describe(situation: Situation, now_us: int) -> dict[str, Any]:
     if state.phase in _TRIED:
         verdict = judge(situation.policy, state, evidence, now_us)
         said = {"verdict": verdict.action, "reason": verdict.reason}
-    log_e, threshold = measure(situation.policy, evidence)
+    policy = situation.policy if situation.fields else ReleasePolicy()
+    log_e, threshold = measure(policy, evidence)
     return {
         "phase": state.phase,
         "champion": state.champion,
@@ -373,17 +434,30 @@ def aliases(state: State) -> dict[str, str]:
     return {name: version for name, version in named.items() if version is not None}
 
 
-def document(use_case: UseCase, situation: Situation) -> dict[str, Any] | None:
+def alerts(state: State) -> dict[str, str]:
+    """The alerts that belong to a state, by name and detail."""
+    if state.paused:
+        return {"rollout_paused": f"the rollout of version {state.challenger} waits for somebody to look at it"}
+    if state.outcome in (Outcome.ROLLED_BACK, Outcome.INCONCLUSIVE):
+        return {f"rollout_{state.outcome}": f"version {state.ended}; the journal says why"}
+    return {}
+
+
+ALERTS = ("rollout_paused", "rollout_rolled_back", "rollout_inconclusive")
+
+
+def document(situation: Situation) -> dict[str, Any] | None:
     """The fields of the routing table that the situation calls for; None before the first champion."""
-    state, policy = situation.state, situation.policy
+    state = situation.state
     if state.champion is None:
         return None
     challenger = None
     if state.shadowed and state.challenger is not None:
+        policy = situation.policy
         challenger = Challenger(
             version=state.challenger,
             rollout=state.rollout,
-            salt=f"{use_case.name}/{state.rollout}",
+            salt=state.salt,
             weight=state.weight,
             shadow=policy.shadow.share,
             deadline_ms=policy.deadline_ms,

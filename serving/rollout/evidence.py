@@ -24,7 +24,7 @@ class Report(BaseModel):
     is a request, represented by its first instance: the instances of one request share its fate, and counting each
     would count one accident many times. ``copies`` were answered by both, ``disagreed`` of them by different
     answers. ``served`` and ``harmed`` are instances: answered by the challenger, and answered by the champion in its
-    place.
+    place; ``accidents`` are the requests in which any was harmed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +39,7 @@ class Report(BaseModel):
     disagreed: NonNegativeInt = 0
     served: NonNegativeInt = 0
     harmed: NonNegativeInt = 0
+    accidents: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Evidence:
     disagreed: int = 0
     served: int = 0
     harmed: int = 0
+    accidents: int = 0
     days: tuple[PairedDay, ...] = ()
     started_us: int = 0
     stage_us: int = 0
@@ -70,6 +72,7 @@ class Evidence:
             disagreed=self.disagreed + report.disagreed,
             served=self.served + report.served,
             harmed=self.harmed + report.harmed,
+            accidents=self.accidents + report.accidents,
             sequences={**self.sequences, report.gateway: report.sequence},
         )
 
@@ -81,8 +84,13 @@ class Evidence:
         return report.sequence == last + 1
 
     def with_labels(self, days: tuple[PairedDay, ...]) -> Evidence:
-        """With these complete days in place of those before."""
-        return replace(self, days=days)
+        """With these days after those before: a day that was judged is not judged again."""
+        return replace(self, days=(*self.days, *self.later(days)))
+
+    def later(self, days: tuple[PairedDay, ...]) -> tuple[PairedDay, ...]:
+        """Those of ``days`` that come after every day so far."""
+        last = self.days[-1].day if self.days else -1
+        return tuple(day for day in days if day.day > last)
 
     def at_stage(self, now_us: int) -> Evidence:
         """A stage begins."""

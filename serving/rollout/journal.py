@@ -6,36 +6,41 @@ predecessor, and a writer that has not seen the newest is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.database import Database, JournalEntry
 from pipelines.spec import ReleasePolicy
 from serving.rollout.evidence import Evidence, Report, days_of
-from serving.rollout.machine import Kind, State, step
+from serving.rollout.machine import Kind, State, restored, snapshot, step
 
 
 @dataclass(frozen=True)
 class Situation:
     """Everything that follows from the journal: the state, its evidence, and the policy it is held to.
 
-    ``sequence`` is that of the last entry, ``decided_us`` when the phase last changed.
+    ``sequence`` is that of the last entry. ``fields`` are the policy as journalled: it is read when it is needed, so
+    that one of long ago, which the present code may not know, stands in nobody's way.
     """
 
     state: State = field(default_factory=State)
     evidence: Evidence = field(default_factory=Evidence)
-    policy: ReleasePolicy = field(default_factory=ReleasePolicy)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     sequence: int = 0
-    decided_us: int = 0
+
+    @property
+    def policy(self) -> ReleasePolicy:
+        """The policy of the last rollout that began; raises pydantic's ``ValidationError`` when it no longer fits."""
+        return ReleasePolicy.model_validate(self.fields)
 
     def after(self, entry: JournalEntry) -> Situation:
         """The situation after one more entry; raises ``NotAllowed`` for an event that does not fit."""
         kind, payload = Kind(entry.kind), entry.payload
-        state, evidence, policy = step(self.state, kind, payload), self.evidence, self.policy
+        state, evidence, fields = step(self.state, kind, payload), self.evidence, self.fields
         match kind:
             case Kind.STARTED:
-                policy = ReleasePolicy.model_validate(payload["policy"])
+                fields = payload["policy"]
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us)
             case Kind.EVIDENCE:
                 evidence = evidence.with_report(Report.model_validate(payload))
@@ -45,13 +50,12 @@ class Situation:
                 evidence = evidence.at_stage(entry.at_us)
             case Kind.RESUMED:
                 evidence = evidence.resumed()
-        decided = entry.at_us if state != self.state else self.decided_us
-        return Situation(state, evidence, policy, entry.sequence, decided)
+        return Situation(state, evidence, fields, entry.sequence)
 
 
-def replay(entries: Iterable[JournalEntry]) -> Situation:
-    """The situation after all entries, in order."""
-    situation = Situation()
+def replay(entries: Iterable[JournalEntry], before: Situation | None = None) -> Situation:
+    """The situation after all entries, in order; ``before`` is that before the first of them."""
+    situation = before or Situation()
     for entry in entries:
         situation = situation.after(entry)
     return situation
@@ -68,6 +72,19 @@ class Journal:
         """The entries after a sequence, in order."""
         return self._database.journal(self.stream, after=after)
 
+    def situation(self, known: Situation | None = None) -> Situation:
+        """The situation now: from ``known`` on, or from where the last rollout began.
+
+        The entry that ended the one before keeps the state, so older rollouts need not be replayed.
+        """
+        if known is not None and known.sequence:
+            return replay(self.read(known.sequence), known)
+        begun = self._database.last_entry(self.stream, Kind.STARTED.value)
+        ended = begun and self._database.last_entry(self.stream, Kind.WITHDRAWN.value, before=begun.sequence)
+        if ended is None:
+            return replay(self.read())
+        return replay(self.read(ended.sequence), Situation(restored(ended.payload["state"]), sequence=ended.sequence))
+
     def append(self, situation: Situation, kind: Kind, payload: dict[str, Any], at_us: int) -> Situation:
         """Writes an event that follows on ``situation`` and returns what follows from it.
 
@@ -76,5 +93,7 @@ class Journal:
         """
         entry = JournalEntry(situation.sequence + 1, kind.value, payload, at_us)
         following = situation.after(entry)
-        self._database.append_journal(self.stream, kind.value, payload, at_us, expected=situation.sequence)
+        if kind is Kind.WITHDRAWN:
+            entry = replace(entry, payload={**payload, "state": snapshot(following.state)})
+        self._database.append_journal(self.stream, kind.value, entry.payload, at_us, expected=situation.sequence)
         return following

@@ -52,22 +52,23 @@ def judge(policy: ReleasePolicy, state: State, evidence: Evidence, now_us: int) 
     def verdict(action: Action, reason: str, guardrail: str | None = None) -> Verdict:
         return Verdict(action, reason, guardrail, log_e, threshold)
 
-    if evidence.harmed >= policy.harm_cap:
-        return verdict(Action.ROLL_BACK, f"{evidence.harmed} harmed answers reach the cap", "harm")
+    if evidence.accidents >= policy.harm_cap:
+        return verdict(Action.ROLL_BACK, f"{evidence.accidents} requests with harmed answers reach the cap", "harm")
     for name in ("errors", "latency", "disagreement", "quality"):
         if log_e[name] >= threshold[name]:
             said = f"{name}: log e {log_e[name]:.2f} reaches {threshold[name]:.2f}"
             return verdict(Action.ROLL_BACK, said, name)
     if state.phase is Phase.PROMOTING:
         return verdict(Action.HOLD, "the gateways are loading it")
+    late = now_us - evidence.started_us >= microseconds(policy.patience)
     if state.paused:
-        return verdict(Action.HOLD, "paused")
+        return verdict(Action.GIVE_UP if late else Action.HOLD, "paused")
     if log_e["sample_ratio"] >= threshold["sample_ratio"]:
         return verdict(Action.PAUSE, f"assignment does not follow its weights: {evidence.ratio}", "sample_ratio")
     missing = _missing(policy, state, evidence, now_us, log_e, threshold)
     if missing is None:
         return verdict(Action.ADVANCE if not state.last_step else Action.PROMOTE, "the stage is complete")
-    if now_us - evidence.started_us >= microseconds(policy.patience):
+    if late:
         return verdict(Action.GIVE_UP, f"undecided after {policy.patience}: {missing}")
     return verdict(Action.HOLD, missing)
 

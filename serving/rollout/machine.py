@@ -59,9 +59,8 @@ class Effect(StrEnum):
 
     ROUTE = "route"  # publish the routing table of the state
     DEPLOY = "deploy"  # have the challenger's application running
-    WITHDRAW = "withdraw"  # have it gone
     CLOSE = "close"  # write the outcome into the release request
-    SHOW = "show"  # show the versions as aliases in MLflow
+    TELL = "tell"  # have the alerts of the state open, and no others
 
 
 class NotAllowed(RuntimeError):
@@ -72,7 +71,9 @@ class NotAllowed(RuntimeError):
 class State:
     """``weights`` are those of the canary steps; ``step`` counts from 0 and is -1 before the first.
 
-    ``rollout`` numbers a use case's rollouts from 1. ``outcome`` and ``ended`` (that version) are of the last one.
+    ``rollout`` numbers a use case's rollouts from 1; ``salt`` is drawn for each, so that nobody can choose a key by the
+    version it will find. ``outcome`` and ``ended`` (that version) are of the last one that ended, ``request`` is the
+    release request of the last one that began.
     """
 
     phase: Phase = Phase.EMPTY
@@ -84,6 +85,8 @@ class State:
     step: int = -1
     paused: bool = False
     approved: bool = False
+    salt: str = ""
+    request: int | None = None
     outcome: Outcome | None = None
     ended: str | None = None
 
@@ -107,7 +110,8 @@ Payload = Mapping[str, Any]
 
 
 def _adopted(state: State, event: Payload) -> State:
-    return replace(state, phase=Phase.IDLE, champion=event["version"], outcome=Outcome.PROMOTED, ended=event["version"])
+    version, request = event["version"], event.get("request_sequence")
+    return replace(state, phase=Phase.IDLE, champion=version, request=request, outcome=Outcome.PROMOTED, ended=version)
 
 
 def _started(state: State, event: Payload) -> State:
@@ -120,6 +124,8 @@ def _started(state: State, event: Payload) -> State:
         step=-1,
         paused=False,
         approved=False,
+        salt=event["salt"],
+        request=event.get("request_sequence"),
         outcome=None,
         ended=None,
     )
@@ -216,16 +222,29 @@ def step(state: State, kind: Kind, payload: Payload) -> State:
 
 
 def required(state: State) -> tuple[Effect, ...]:
-    """What must be true of the world in this state, in the order in which it is made true."""
+    """What must be true of the world in this state, in the order in which it is made true.
+
+    In WITHDRAWING the application goes once no gateway asks it any more, which the controller has to see first.
+    """
     match state.phase:
         case Phase.EMPTY:
             return ()
         case Phase.IDLE:
-            return (Effect.ROUTE, Effect.CLOSE, Effect.SHOW)
-        case Phase.STARTING:
-            return (Effect.ROUTE, Effect.DEPLOY, Effect.SHOW)
-        case Phase.SHADOW | Phase.CANARY | Phase.PROMOTING:
-            return (Effect.ROUTE, Effect.SHOW)
+            return (Effect.ROUTE, Effect.CLOSE, Effect.TELL)
+        case Phase.STARTING | Phase.SHADOW | Phase.CANARY | Phase.PROMOTING:
+            return (Effect.ROUTE, Effect.DEPLOY, Effect.TELL)
         case Phase.WITHDRAWING:
-            # First nobody asks the challenger any more, then it goes.
-            return (Effect.ROUTE, Effect.WITHDRAW, Effect.SHOW)
+            return (Effect.ROUTE, Effect.TELL)
+
+
+def snapshot(state: State) -> dict[str, Any]:
+    """An idle state as the payload from which ``restored`` makes it again."""
+    if state.phase is not Phase.IDLE:
+        raise ValueError(f"only an idle state is kept whole, not one that is {state.phase}")
+    kept = ("champion", "previous", "rollout", "salt", "request", "outcome", "ended")
+    return {name: getattr(state, name) for name in kept}
+
+
+def restored(payload: Payload) -> State:
+    """The idle state that ``snapshot`` kept."""
+    return State(Phase.IDLE, **{**payload, "outcome": Outcome(payload["outcome"])})

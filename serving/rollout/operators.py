@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from serving import releases
 from serving.problems import Problem
 from serving.rollout import actor
 from serving.rollout.controller import describe
-from serving.rollout.journal import Journal, replay
+from serving.rollout.journal import Journal, Situation
 from serving.rollout.machine import NotAllowed
 
 _CALL_S = 10.0
@@ -27,10 +28,14 @@ class Rollouts:
 
     def __init__(self, usecase: str, settings: Settings, database: Database, clock: Clock) -> None:
         self._usecase, self._settings, self._database, self._clock = usecase, settings, database, clock
+        self._journal = Journal(database, usecase)
+        self._known = Situation()
+        self._lock = threading.Lock()
 
     def status(self) -> dict[str, Any]:
         """Where the release stands, from the journal: it needs no controller."""
-        situation = replay(Journal(self._database, self._usecase).read())
+        with self._lock:
+            self._known = situation = self._journal.situation(self._known)
         tried = situation.state.challenger
         waiting = [version for version in self._database.open_releases(self._usecase) if version != tried]
         return describe(situation, self._clock.now()) | {"waiting": waiting}
@@ -62,6 +67,7 @@ class Rollouts:
             raise Problem(
                 503,
                 "The rollout controller does not answer",
-                f"Nothing was changed; gateways keep their table. `tidegate deploy {self._usecase}` starts it: {error}",
+                f"Look at the rollout before you repeat this: it may have been taken. Gateways keep their table, and "
+                f"`tidegate deploy {self._usecase}` starts a new controller. {error}",
             ) from error
         return self.status()

@@ -1,4 +1,4 @@
-"""The world that the rollout controller acts on: database, Serve applications, and MLflow's aliases."""
+"""The world that the rollout controller acts on: database, alerts and Serve applications."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from ray.serve.schema import ApplicationStatus
 
+from cluster.alerts import Alerts
 from cluster.clock import SystemClock
 from cluster.database import Database, ReleaseRequest
-from cluster.settings import Settings
 from pipelines.spec import UseCase
-from pipelines.training.registry import Registry
 from serving import routing
 from serving.challenger import Applications
-from serving.rollout.controller import Standing
+from serving.rollout.controller import ALERTS, Standing
 from serving.routing import RoutingTable
 
 _CLAIM_S = 30.0
@@ -29,11 +28,11 @@ _STANDING = {
 class ServeWorld:
     """The real one."""
 
-    def __init__(self, use_case: UseCase, database: Database, settings: Settings) -> None:
+    def __init__(self, use_case: UseCase, database: Database, alerts: Alerts) -> None:
         self._usecase = use_case.name
         self._database = database
+        self._alerts = alerts
         self._applications = Applications(use_case.name)
-        self._registry = Registry(settings)
         self._holder = f"{socket.gethostname()}:{os.getpid()}"
 
     def table(self) -> RoutingTable | None:
@@ -59,13 +58,18 @@ class ServeWorld:
             return Standing.ABSENT, message
         return _STANDING.get(status, Standing.STARTING), message
 
-    def close(self, version: str, outcome: str) -> None:
-        """Writes the outcome into the release request."""
-        self._database.finish_release(self._usecase, version, outcome)
+    def close(self, version: str, outcome: str, request: int | None) -> None:
+        """Writes the outcome into that release request; a champion that was taken over has none."""
+        if request is not None:
+            self._database.finish_release(self._usecase, version, outcome, request)
 
-    def show(self, aliases: dict[str, str]) -> None:
-        """Shows the versions as MLflow's aliases."""
-        self._registry.show_aliases(self._usecase, aliases)
+    def tell(self, alerts: dict[str, str]) -> None:
+        """Has these alerts open, and no other of the rollout's."""
+        for name in ALERTS:
+            if name in alerts:
+                self._alerts.open(name, self._usecase, alerts[name])
+            else:
+                self._alerts.resolve(name, self._usecase, "the release has moved on")
 
     def next_request(self) -> ReleaseRequest | None:
         """The oldest release request, claimed; claims end in real time, for they guard against dead processes."""

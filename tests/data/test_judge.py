@@ -37,7 +37,7 @@ HEALTHY = Evidence(copies=150, exposed={0.1: (120, 1080), 0.5: (300, 300)}, rati
 @pytest.mark.parametrize(
     ("guardrail", "evidence"),
     [
-        ("harm", replace(HEALTHY, harmed=25)),
+        ("harm", replace(HEALTHY, harmed=25, accidents=25)),
         ("errors", replace(HEALTHY, errors={0.1: (6, 0)})),
         ("latency", replace(HEALTHY, slow={0.5: (20, 0)})),
         ("disagreement", replace(HEALTHY, copies=150, disagreed=60)),
@@ -58,7 +58,8 @@ def test_each_guardrail_rolls_back_on_its_own_evidence(guardrail, evidence):
         replace(HEALTHY, slow={0.1: (30, 270), 0.5: (100, 100)}),
         replace(HEALTHY, disagreed=15),
         replace(HEALTHY, days=days(*[0.0] * 60)),
-        replace(HEALTHY, harmed=24),
+        replace(HEALTHY, harmed=24, accidents=24),
+        replace(HEALTHY, harmed=900, accidents=1),  # one late call of a large batch
     ],
 )
 def test_no_guardrail_trips_on_an_identical_version(evidence):
@@ -119,6 +120,7 @@ def test_silence_is_inconclusive_never_success():
     patience = 40 * 24 * HOUR
     for state in (SHADOW, CANARY, LAST):
         assert judge(POLICY, state, Evidence(), patience).action is Action.GIVE_UP
+        assert judge(POLICY, replace(state, paused=True), Evidence(), patience).action is Action.GIVE_UP
         assert judge(POLICY, state, Evidence(), patience - 1).action is Action.HOLD
 
 

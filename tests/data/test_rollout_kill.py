@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.database import Database, ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines import usecases
 from pipelines.validation.paired import PairedDay
-from serving.rollout.controller import Controller, Standing
+from serving.rollout.controller import Controller, Standing, aliases
 from serving.rollout.journal import Journal, replay
 from serving.rollout.judge import judge
 from serving.rollout.machine import Kind, NotAllowed, Phase
@@ -40,7 +40,8 @@ class FakeWorld:
     broken: frozenset[str] = frozenset()
     open: list[str] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    alerts: dict[str, str] = field(default_factory=dict)
+    followed: dict[str, int] = field(default_factory=dict)
     history: list[tuple[str, float]] = field(default_factory=list)
 
     def _point(self) -> None:
@@ -76,7 +77,8 @@ class FakeWorld:
 
     def withdraw(self, version: str) -> None:
         assert self.routed is not None
-        assert self.routed.challenger is None, "a challenger was taken down under its callers"
+        assert self.routed.challenger is None
+        assert self.followed.get(GATEWAY) == self.routed.epoch, "a challenger was taken down under its callers"
         for _ in self._changes():
             self.applications.discard(version)
 
@@ -85,17 +87,17 @@ class FakeWorld:
             return Standing.ABSENT, ""
         return (Standing.FAILED, "it is broken") if version in self.broken else (Standing.RUNNING, "")
 
-    def close(self, version: str, outcome: str) -> None:
+    def close(self, version: str, outcome: str, request: int | None) -> None:
         for _ in self._changes():
             self.closed[version] = outcome
             self.open = [v for v in self.open if v != version]
 
-    def show(self, aliases: dict[str, str]) -> None:
+    def tell(self, alerts: dict[str, str]) -> None:
         for _ in self._changes():
-            self.aliases = aliases
+            self.alerts = alerts
 
     def next_request(self) -> ReleaseRequest | None:
-        return ReleaseRequest("aqua", self.open[0], {"gates": []}, 0) if self.open else None
+        return ReleaseRequest("aqua", self.open[0], {"gates": []}, 0, int(self.open[0])) if self.open else None
 
     def gateways(self) -> list[str]:
         return [GATEWAY]
@@ -116,13 +118,19 @@ class Play:
     world: FakeWorld
     journal: Journal
     clock: Clock = field(default_factory=Clock)
+    time: float = 0.0
 
     def __post_init__(self) -> None:
         self.sent: dict[int, int] = {}
         self.controller = self._survive(self._make)
 
     def _make(self) -> Controller:
-        return Controller(USE_CASE, self.journal, self.world, self.clock, real=lambda: 0.0)
+        return Controller(USE_CASE, self.journal, self.world, self.clock, real=self._tick, draw=lambda: "s")
+
+    def _tick(self) -> float:
+        """Real time that goes on a little each time somebody looks: periods end, time-outs do not."""
+        self.time += 0.3
+        return self.time
 
     def _survive(self, act):
         while True:
@@ -134,11 +142,12 @@ class Play:
 
     def settle(self) -> None:
         """Turns until nothing changes any more."""
-        for _ in range(12):
+        for _ in range(16):
             self._survive(lambda: self.controller.turn())
             table = self.world.routed
             prepared = [v for v in (table.champion, table.prepare) if v] if table else []
             epoch = table.epoch if table else 0
+            self.world.followed[GATEWAY] = epoch
             self._survive(lambda: self.controller.exchange(GATEWAY, epoch, prepared, {}, None, 0.0))  # noqa: B023
 
     def report(self, **counters: Any) -> None:
@@ -168,8 +177,8 @@ STEPS = {
     "wait": lambda play: setattr(play.clock, "time", play.clock.time + 7 * HOUR),
     "copies": lambda play: play.report(copies=150),
     "healthy": lambda play: play.report(exposed={"0.1": (60, 540), "0.5": (250, 250)}, served=310),
-    "errors": lambda play: play.report(exposed={"0.1": (10, 90)}, errors={"0.1": (12, 0)}, harmed=12),
-    "harm": lambda play: play.report(harmed=30),
+    "errors": lambda play: play.report(exposed={"0.1": (10, 90)}, errors={"0.1": (12, 0)}, harmed=12, accidents=12),
+    "harm": lambda play: play.report(harmed=30, accidents=30),
     "better": lambda play: play.labels(25, -0.05),
     "worse": lambda play: play.labels(25, 0.07),
     "pause": lambda play: play.command("pause"),
@@ -211,7 +220,7 @@ def test_a_killed_controller_ends_where_it_would_have_ended(database, steps, gap
     killed = play_out(database, f"killed{next(names)}", ["settle", *steps], kills, broken)
     assert killed.controller.state == whole.controller.state
     assert killed.controller.situation.evidence == whole.controller.situation.evidence
-    for part in ("applications", "open", "closed", "aliases"):
+    for part in ("applications", "open", "closed", "alerts"):
         assert getattr(killed.world, part) == getattr(whole.world, part), part
     left, right = killed.world.routed, whole.world.routed
     assert left is not None
@@ -227,7 +236,8 @@ def test_the_usual_way_ends_in_a_promotion_and_keeps_the_old_champion_warm(datab
     assert play.world.routed is not None
     assert (play.world.routed.champion, play.world.routed.previous) == ("2", "1")
     assert play.world.closed == {"1": "promoted", "2": "promoted"}
-    assert play.world.aliases == {"champion": "2", "previous": "1"}
+    assert aliases(play.controller.state) == {"champion": "2", "previous": "1"}
+    assert play.world.alerts == {}
     assert play.world.applications == set()
     assert [weight for _, weight in play.world.history] == [0.0, 0.0, 0.1, 0.5, 0.5, 0.0]
 
@@ -251,7 +261,9 @@ def test_the_journal_replays_to_the_identical_decision(database):
         assert again.reason == decision.payload["reason"]
         assert again.guardrail == decision.payload["guardrail"]
         assert again.threshold == decision.payload["threshold"]
-    assert replay(entries) == play.controller.situation
+    whole, kept = replay(entries), play.journal.situation()
+    assert whole == play.controller.situation
+    assert (kept.state, kept.sequence) == (whole.state, whole.sequence)
 
 
 def test_a_report_sent_twice_counts_once_and_a_lost_one_is_noticed(database):
@@ -266,7 +278,7 @@ def test_a_report_sent_twice_counts_once_and_a_lost_one_is_noticed(database):
 
 def test_a_report_about_an_earlier_rollout_is_not_evidence(database):
     play = play_out(database, "late", ["settle", "ask", "settle"], [], frozenset())
-    late = {"gateway": GATEWAY, "sequence": 1, "rollout": 0, "harmed": 1000}
+    late = {"gateway": GATEWAY, "sequence": 1, "rollout": 0, "harmed": 1000, "accidents": 1000}
     play.controller.exchange(GATEWAY, 99, [], {}, late, 0.0)
     assert play.controller.state.phase is Phase.SHADOW
     assert play.controller.situation.evidence.harmed == 0
@@ -274,7 +286,7 @@ def test_a_report_about_an_earlier_rollout_is_not_evidence(database):
 
 def test_a_second_controller_is_fenced_and_takes_over_what_the_first_decided(database):
     play = play_out(database, "fenced", ["settle", "ask", "settle"], [], frozenset())
-    second = Controller(USE_CASE, play.journal, play.world, play.clock, real=lambda: 0.0)
+    second = Controller(USE_CASE, play.journal, play.world, play.clock)
     play.controller.command("pause", "first", "")
     with pytest.raises(StaleJournal):
         second.command("abort", "second", "")
@@ -283,8 +295,90 @@ def test_a_second_controller_is_fenced_and_takes_over_what_the_first_decided(dat
     stale = play.world.routed
     assert stale is not None
     second.command("abort", "second", "")
+    second.turn()
     with pytest.raises(StaleEpoch):
         play.world.publish(stale, {"champion": "9"})
+
+
+def test_a_controller_that_slept_does_not_bring_an_old_table_back(database):
+    """It had journalled a step and not published it when another took over and withdrew the challenger."""
+    play = play_out(database, "slept", ["settle", "ask", "settle", "copies", "wait"], [], frozenset())
+    asleep = play.controller
+    with asleep._lock:
+        asleep._record(Kind.ADVANCED, {"step": 1})
+    other = Controller(USE_CASE, play.journal, play.world, play.clock)
+    other.command("abort", "other", "")
+    other.turn()
+    assert play.world.routed is not None
+    assert play.world.routed.challenger is None
+    for _ in range(4):
+        with contextlib.suppress(StaleEpoch, StaleJournal):
+            asleep.turn()
+    assert play.world.routed.challenger is None
+    assert asleep.state == other.state
+
+
+def test_a_waiting_request_that_cannot_be_begun_is_refused_and_the_next_one_goes_on(database):
+    class Odd(FakeWorld):
+        def next_request(self) -> ReleaseRequest | None:
+            found = super().next_request()
+            return found and replace(found, payload={"policy": {"mood": "bad"}}) if self.open == ["2", "3"] else found
+
+    play = Play(Odd(open=["1"]), Journal(database, "odd"))
+    play.settle()
+    play.world.open = ["2", "3"]
+    play.settle()
+    assert play.world.closed["2"] == "refused"
+    assert play.controller.state.challenger == "3"
+
+
+def test_a_champion_is_not_tried_against_itself(database):
+    play = play_out(database, "itself", ["settle"], [], frozenset())
+    play.world.open = ["1"]
+    play.settle()
+    assert play.controller.state.phase is Phase.IDLE
+    assert play.world.closed["1"] == "refused"
+
+
+def test_a_champion_from_before_the_journal_stays_champion(database):
+    world = FakeWorld(open=["9"], routed=RoutingTable(epoch=4, champion="7"))
+    play = Play(world, Journal(database, "before"))
+    play.controller.turn()
+    assert play.controller.state.champion == "7"
+    play.settle()
+    assert play.controller.state.challenger == "9"
+
+
+def test_an_application_that_vanished_is_started_again(database):
+    play = play_out(database, "vanished", ["settle", "ask", "settle"], [], frozenset())
+    play.world.applications.clear()
+    play.settle()
+    assert play.controller.state.phase is Phase.SHADOW
+    assert play.world.applications == {"2"}
+
+
+def test_a_pause_and_a_rollback_open_alerts_that_resolve_when_the_release_moves_on(database):
+    play = play_out(database, "told", ["settle", "ask", "settle", "pause", "settle"], [], frozenset())
+    assert list(play.world.alerts) == ["rollout_paused"]
+    play.command("resume")
+    play.settle()
+    assert play.world.alerts == {}
+    play.report(harmed=30, accidents=30)
+    play.settle()
+    assert list(play.world.alerts) == ["rollout_rolled_back"]
+    play.world.open = ["3"]
+    play.settle()
+    assert play.world.alerts == {}
+
+
+def test_a_policy_that_this_code_does_not_know_ends_its_rollout_and_no_journal(database):
+    play = play_out(database, "policy", ["settle", "ask", "settle"], [], frozenset())
+    unknown = replace(play.controller.situation, fields={"mood": "bad"})
+    play.controller.situation = unknown
+    play.controller.turn()
+    assert play.controller.state.outcome == "rolled_back"
+    play.settle()
+    assert play.controller.state.phase is Phase.IDLE
 
 
 def test_an_effect_that_failed_is_tried_again_by_the_same_controller(database):
@@ -298,16 +392,20 @@ def test_an_effect_that_failed_is_tried_again_by_the_same_controller(database):
             super().deploy(version)
 
     play = Play(Once(open=["1", "2"]), Journal(database, "retried"))
-    play.controller.turn()
+
+    def turns() -> None:
+        for _ in range(6):
+            play.controller.turn()
+
     with pytest.raises(ConnectionError):
-        play.controller.turn()
+        turns()
     play.settle()
     assert play.controller.state.phase is Phase.SHADOW
 
 
 def test_harm_adds_up_over_reports_to_its_cap(database):
     play = play_out(database, "harm", ["settle", "ask", "settle", "copies"], [], frozenset())
-    play.report(harmed=13)
+    play.report(harmed=13, accidents=13)
     assert play.controller.state.phase is Phase.SHADOW
-    play.report(harmed=12)
+    play.report(harmed=12, accidents=12)
     assert play.controller.state.outcome == "rolled_back"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required, step
+from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required, restored, snapshot, step
 
 IDLE = State(Phase.IDLE, champion="1", outcome=Outcome.PROMOTED, ended="1")
-STARTING = State(Phase.STARTING, champion="1", challenger="2", rollout=1, weights=(0.1, 0.5))
+STARTING = State(Phase.STARTING, champion="1", challenger="2", rollout=1, weights=(0.1, 0.5), salt="pepper", request=7)
 SHADOW = replace(STARTING, phase=Phase.SHADOW)
 CANARY = replace(SHADOW, phase=Phase.CANARY, step=0)
 LAST = replace(CANARY, step=1)
@@ -24,7 +25,7 @@ def withdrawing(state: State, outcome: Outcome, **changes: object) -> State:
 
 PAYLOAD = {
     Kind.ADOPTED: {"version": "1"},
-    Kind.STARTED: {"version": "2", "weights": [0.1, 0.5]},
+    Kind.STARTED: {"version": "2", "weights": [0.1, 0.5], "salt": "pepper", "request_sequence": 7},
     Kind.ADVANCED: {"step": 0},
 }
 STOPS = {
@@ -97,12 +98,20 @@ def test_the_weight_is_that_of_the_step_and_nothing_before_and_after():
 
 
 def test_a_second_rollout_knows_nothing_of_the_first_but_its_number():
-    again = step(step(WITHDRAWING, Kind.WITHDRAWN, {}), Kind.STARTED, {"version": "3", "weights": [0.2]})
-    assert again == State(Phase.STARTING, champion="1", challenger="3", rollout=2, weights=(0.2,))
+    again = step(step(WITHDRAWING, Kind.WITHDRAWN, {}), Kind.STARTED, {"version": "3", "weights": [0.2], "salt": "s"})
+    assert again == State(Phase.STARTING, champion="1", challenger="3", rollout=2, weights=(0.2,), salt="s")
 
 
-def test_callers_are_routed_away_before_a_challenger_is_taken_down():
-    assert required(WITHDRAWING)[:2] == (Effect.ROUTE, Effect.WITHDRAW)
+def test_the_table_comes_first_and_a_challenger_is_kept_running_while_it_is_tried():
     assert all(required(state)[0] is Effect.ROUTE for state in STATES.values() if state.phase is not Phase.EMPTY)
-    assert Effect.DEPLOY in required(STARTING)
+    for state in (STARTING, SHADOW, CANARY, PROMOTING):
+        assert Effect.DEPLOY in required(state)
+    assert Effect.DEPLOY not in required(WITHDRAWING)
     assert Effect.CLOSE in required(IDLE)
+
+
+def test_an_idle_state_comes_back_from_what_is_kept_of_it():
+    idle = step(WITHDRAWING, Kind.WITHDRAWN, {})
+    assert restored(json.loads(json.dumps(snapshot(idle)))) == idle
+    with pytest.raises(ValueError, match="only an idle state"):
+        snapshot(CANARY)

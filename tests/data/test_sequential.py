@@ -81,7 +81,7 @@ def test_the_other_kernels_expect_no_growth_under_their_nulls_either(rate):
 def test_the_mean_kernel_equals_the_fortunes_written_out(values, bound):
     fortunes = []
     for k in range(GRID):
-        bet = 0.02 * (0.75 / 0.02) ** (k / (GRID - 1))
+        bet = 0.04 + k * (0.95 - 0.04) / (GRID - 1)
         fortune = 1.0
         for x in values:
             fortune *= 1 + bet * (bound - x) / (1 - bound)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.training.artifact import Prediction
-from serving.answers import Prepared
+from serving.answers import Other, Prepared
 from serving.challenger import Reply
 from serving.fallback import Filled
 from serving.routing import Challenger, place
@@ -89,14 +89,15 @@ async def slow(rows):
 
 
 def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
-    tally = Tally("g")
-    return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0)), tally
+    tally = Tally("g", real=lambda: 0.0)
+    return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1"), tally
 
 
 def request(one: Trial, count: int, key: str = "k") -> Any:
-    assigned = one.assign(key, count)
+    weight = one.weight
+    assigned = one.assign(key, count, weight)
     assert assigned.any()
-    return assigned, asyncio.run(one.choose(True, prepared(count), champion(count), 0.0001, assigned))
+    return assigned, asyncio.run(one.choose(True, prepared(count), champion(count), 0.0001, assigned, weight))
 
 
 @pytest.mark.parametrize("ask", [errs, hangs, nan, outside, inverted, another_shape, no_reply, text])
@@ -105,7 +106,7 @@ def test_the_champion_answers_whatever_a_challenger_fails_at(ask):
     assigned, chosen = request(one, 20)
     assert not chosen.taken.any()
     assert (chosen.prediction.value == 10.0).all()
-    assert np.isnan(chosen.other).all()
+    assert np.isnan(chosen.other.value).all()
     report = tally.report()
     assert report is not None
     assert report.harmed == assigned.sum()
@@ -122,7 +123,9 @@ def test_a_batch_is_split_by_instance_and_put_together_in_order():
     assert assigned.tolist() == [place(f"k/{i}", "aqua/1") < 0.5 for i in range(40)]
     assert chosen.taken.tolist() == assigned.tolist()
     assert chosen.prediction.value.tolist() == [11.0 if a else 10.0 for a in assigned]
-    assert np.where(assigned, chosen.other, 10.0).tolist() == [10.0] * 40
+    assert np.where(assigned, chosen.other.value, 10.0).tolist() == [10.0] * 40
+    assert chosen.other.version == "1"
+    assert (chosen.other.upper - chosen.other.lower)[assigned].tolist() == [4.0] * int(assigned.sum())
     report = tally.report()
     assert report is not None
     assert (report.served, report.harmed, report.errors, report.slow) == (assigned.sum(), 0, {}, {})
@@ -153,25 +156,66 @@ def test_a_slow_call_is_counted_for_the_version_whose_first_instance_it_was():
     assert report.slow == {1.0: (1, 0)}
     tally.acknowledged()
     one.follow(challenger(weight=1e-9))
-    one.count_champion(True, prepared(1), champion(1), 0.01)
+    one.count_champion(True, prepared(1), champion(1), 0.01, one.weight)
     again = tally.report()
     assert again is not None
     assert again.slow == {1e-9: (0, 1)}
 
 
-def test_after_the_cap_of_harmed_answers_the_challenger_is_asked_no_more():
-    one, _ = trial(errs, harm_cap=5, weight=1.0)
-    request(one, 5)
-    assert not one.splits
-    assert not one.assign("another", 50).any()
+def test_after_the_cap_of_harmed_requests_the_challenger_is_asked_no_more():
+    one, tally = trial(errs, harm_cap=2, weight=1.0)
+    request(one, 50)
+    assert one.weight == 1.0
+    request(one, 1)
+    assert one.weight == 0.0
+    assert not one.assign("another", 50, one.weight).any()
+    report = tally.report()
+    assert report is not None
+    assert (report.harmed, report.accidents) == (51, 2)
+
+
+def test_what_the_ladder_refuses_no_challenger_answers():
+    one, tally = trial(good, weight=1.0)
+    asked = prepared(2)
+    asked.usable[0] = False
+    refused = champion(2)
+    refused.value[0] = np.nan
+    chosen = asyncio.run(one.choose(True, asked, refused, 0.0, np.ones(2, dtype=bool), 1.0))
+    np.testing.assert_array_equal(chosen.prediction.value, [np.nan, 11.0])
+    assert chosen.taken.tolist() == [False, True]
+    report = tally.report()
+    assert report is not None
+    assert (report.served, report.harmed, report.exposed) == (1, 0, {})
+
+
+def test_a_cancelled_reply_is_the_challengers_failure_and_a_caller_who_leaves_is_not():
+    async def cancelled(rows):
+        raise asyncio.CancelledError
+
+    one, tally = trial(cancelled, weight=1.0)
+    request(one, 1)
+    report = tally.report()
+    assert report is not None
+    assert report.harmed == 1
+
+    async def leave():
+        two, _ = trial(hangs, weight=1.0, deadline_ms=4000.0)
+        task = asyncio.ensure_future(two.choose(True, prepared(1), champion(1), 0.0, np.ones(1, dtype=bool), 1.0))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
 
 
 def test_a_repeated_request_gets_the_same_version_and_is_no_evidence_twice():
     one, tally = trial(good)
-    assert one.assign("again", 30).tolist() == one.assign("again", 30).tolist()
+    assigned = one.assign("again", 30, 0.5)
+    assert assigned.tolist() == one.assign("again", 30, 0.5).tolist()
     assert one.first_seen("again")
     assert not one.first_seen("again")
-    asyncio.run(one.choose(False, prepared(30), champion(30), 0.0, one.assign("again", 30)))
+    asyncio.run(one.choose(False, prepared(30), champion(30), 0.0, assigned, 0.5))
     report = tally.report()
     assert report is not None
     assert report.exposed == {}
@@ -181,16 +225,16 @@ def test_a_repeated_request_gets_the_same_version_and_is_no_evidence_twice():
 def test_copies_have_no_effect_on_callers_and_are_compared():
     for ask, disagreed, value in ((good, 0, 11.0), (errs, 0, np.nan), (outside, 0, np.nan)):
         one, tally = trial(ask, weight=0.0)
-        seen: list[tuple[np.ndarray, str]] = []
+        seen: list[Other] = []
 
         async def run(one=one, seen=seen):
             assert one.copies("k")
-            one.copy("k", True, prepared(2), champion(2), 0.0001, lambda v, version: seen.append((v, version)))
+            one.copy("k", True, prepared(2), champion(2), 0.0001, seen.append)
             await asyncio.sleep(0.02)
 
         asyncio.run(run())
-        np.testing.assert_array_equal(seen[0][0], [value, value])
-        assert seen[0][1] == "2"
+        np.testing.assert_array_equal(seen[0].value, [value, value])
+        assert seen[0].version == "2"
         report = tally.report()
         assert report is not None
         assert (report.copies, report.disagreed, report.harmed, report.served) == (1, disagreed, 0, 0)
@@ -215,6 +259,20 @@ def test_in_shadow_a_coin_says_whose_answer_counts_and_both_fail_alike():
     assert 160 < mine < 240
 
 
+def test_a_champion_that_has_no_answer_is_not_disagreed_with():
+    nothing = Prediction(*(np.full(1, np.nan) for _ in range(3)))
+    one, tally = trial(good, weight=0.0)
+
+    async def run():
+        one.copy("k", True, prepared(1), nothing, 0.0001, lambda *_: None)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    report = tally.report()
+    assert report is not None
+    assert report.disagreed == 0
+
+
 def test_an_answer_outside_the_champions_interval_disagrees():
     async def far(rows):
         return reply(rows.columns, 13.0)
@@ -232,7 +290,7 @@ def test_an_answer_outside_the_champions_interval_disagrees():
 
 
 def test_a_report_is_sent_again_as_it_was_until_it_is_acknowledged_and_nothing_is_lost_meanwhile():
-    tally = Tally("g")
+    tally = Tally("g", real=lambda: 0.0)
 
     def one_more(counts):
         counts.served += 1
@@ -253,3 +311,39 @@ def test_a_report_is_sent_again_as_it_was_until_it_is_acknowledged_and_nothing_i
     third = tally.report()
     assert third is not None
     assert (third.rollout, third.sequence, third.served) == (2, 1, 1)
+
+
+def test_harm_is_reported_at_once_and_all_else_the_more_seldom_the_longer_a_rollout_lasts():
+    now = [0.0]
+    tally = Tally("g", real=lambda: now[0])
+
+    def change(served: int = 0, harmed: int = 0):
+        def apply(counts):
+            counts.served += served
+            counts.harmed += harmed
+
+        tally.add(1, apply)
+
+    def reports() -> bool:
+        found = tally.report()
+        tally.acknowledged()
+        return found is not None
+
+    change(served=1)
+    assert reports()
+    now[0] = 1000.0
+    change(served=1)
+    assert reports()
+    now[0] += 9.0
+    change(served=1)
+    assert not reports()
+    change(harmed=1)
+    assert reports()
+    now[0] += 1e6
+    change(served=1)
+    assert reports()
+    now[0] += 59.0
+    change(served=1)
+    assert not reports()
+    now[0] += 2.0
+    assert reports()

@@ -23,7 +23,7 @@ from cluster.settings import Settings
 from serving.auth import owner_key
 from serving.client import Client
 
-HISTORY_DAYS, REPLAY_DAYS = 430, 45
+HISTORY_DAYS, REPLAY_DAYS, TRIALS = 430, 76, 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
     settings = Settings(
         home=home, clock="replay", http_port=port, drain_seconds=0.5, gateway_replicas=2, drills=home / "drills.json"
     )
-    size = ["--home", str(home), "--history-days", str(HISTORY_DAYS), "--replay-days", str(REPLAY_DAYS)]
+    size = [
+        "--home",
+        str(home),
+        "--history-days",
+        str(HISTORY_DAYS),
+        "--replay-days",
+        str(REPLAY_DAYS),
+        "--trials",
+        str(TRIALS),
+    ]
     killed = tidegate("demo", "aqua", *size, port=port, log=log)
     first = _until_first_step(home, settings, killed)
     killed.send_signal(signal.SIGKILL)
@@ -69,7 +78,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
     log.write_bytes(b"")
     again = tidegate("demo", "aqua", *size, "--keep", port=port, log=log)
     try:
-        code = again.wait(timeout=480)
+        code = again.wait(timeout=900)
         output = log.read_text()
         assert code == 0, output
         assert processes.session_pids(first.environment_marker) == []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from cluster.database import Database, JournalEntry, Load, ReleaseRequest, Routing, StaleEpoch
+from cluster.database import Database, JournalEntry, Load, ReleaseRequest, Routing, StaleEpoch, StaleJournal
 from cluster.schema import METADATA
 from tests import services
 
@@ -147,7 +147,9 @@ def test_a_version_is_requested_once(database):
     assert database.request_release("aqua", "1", {"gates": "passed"}, 10)
     assert not database.request_release("aqua", "1", {"gates": "other"}, 11)
     assert database.request_release("prop", "1", {}, 12)
-    assert database.claim_release("aqua", "a", 5, 20) == ReleaseRequest("aqua", "1", {"gates": "passed"}, 10)
+    claimed = database.claim_release("aqua", "a", 5, 20)
+    assert claimed is not None
+    assert claimed == ReleaseRequest("aqua", "1", {"gates": "passed"}, 10, claimed.sequence)
 
 
 def test_requests_are_claimed_in_order_and_by_one_holder(database):
@@ -210,6 +212,57 @@ def test_the_journal_keeps_order_per_use_case(database):
         JournalEntry(1, "started", {"a": [1, None, "ü"]}, 5),
         JournalEntry(2, "ended", {}, 4),
     ]
+
+
+def test_a_journal_takes_an_entry_only_after_the_one_its_writer_saw(database):
+    assert database.append_journal("aqua", "started", {}, 1, expected=0) == 1
+    for seen in (0, 2):
+        with pytest.raises(StaleJournal, match="read it again"):
+            database.append_journal("aqua", "ended", {}, 2, expected=seen)
+    assert database.append_journal("aqua", "ended", {}, 2, expected=1) == 2
+    assert [entry.kind for entry in database.journal("aqua", after=1)] == ["ended"]
+
+
+def test_live_leases_are_listed_below_their_prefix(database):
+    for name, seconds in (
+        ("gateway/aqua/a", 10),
+        ("gateway/aqua/b", 1),
+        ("gateway/prop/c", 10),
+        ("gateway_aqua/d", 10),
+    ):
+        assert database.acquire_lease(name, "me", seconds, 0)
+    assert database.live_leases("gateway/aqua/", 2 * SECOND) == ["a"]
+    assert database.live_leases("gateway/aqua/", 0) == ["a", "b"]
+    assert database.live_leases("gateway_", 0) == ["aqua/d"]
+
+
+def test_a_release_that_ended_is_asked_for_again_only_on_purpose(database):
+    assert database.request_release("aqua", "1", {}, 1)
+    assert not database.request_release("aqua", "1", {}, 2, again=True)
+    database.finish_release("aqua", "1", "rolled_back")
+    assert not database.request_release("aqua", "1", {}, 3)
+    assert database.request_release("aqua", "1", {"why": "mended"}, 4, again=True)
+    claimed = database.claim_release("aqua", "me", 10, 5)
+    assert claimed == ReleaseRequest("aqua", "1", {"why": "mended"}, 4, claimed.sequence if claimed else 0)
+
+
+def test_closing_one_request_leaves_a_later_one_of_the_same_version_open(database):
+    database.request_release("aqua", "1", {}, 1)
+    first = database.claim_release("aqua", "me", 10, 0)
+    assert first is not None
+    database.finish_release("aqua", "1", "rolled_back", first.sequence)
+    database.request_release("aqua", "1", {}, 2, again=True)
+    database.finish_release("aqua", "1", "rolled_back", first.sequence)
+    assert database.open_releases("aqua") == ["1"]
+
+
+def test_the_last_entry_of_a_kind_is_found(database):
+    for kind in ("a", "b", "a", "b", "c"):
+        database.append_journal("aqua", kind, {}, 1)
+    found = database.last_entry("aqua", "a")
+    assert found is not None
+    assert found.sequence == 3
+    assert database.last_entry("aqua", "d") is None
 
 
 def test_an_error_inside_a_write_leaves_nothing_behind(database):
