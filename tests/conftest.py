@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         groups = [group for name, group in _SHARED.items() if name in getattr(item, "fixturenames", ())]
         if groups:
             item.add_marker(pytest.mark.xdist_group(groups[0]))
-    layers = ["deployment", "pipeline", "model", "data"]
+    layers = ["data", "model", "pipeline", "deployment"]
     items.sort(key=lambda item: ("demo" not in getattr(item, "fixturenames", ()), layers.index(item.path.parent.name)))
 
 

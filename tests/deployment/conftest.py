@@ -70,27 +70,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
         "--trials",
         str(TRIALS),
     ]
-    killed = tidegate("demo", "aqua", *size, port=port, log=log)
-    first = _until_first_step(home, settings, killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert processes.session_pids(first.environment_marker), "the killed demo's cluster should still run"
-    log.write_bytes(b"")
-    again = tidegate("demo", "aqua", *size, "--keep", port=port, log=log)
+    running = tidegate("demo", "aqua", *size, port=port, log=log)
     try:
-        code = again.wait(timeout=900)
+        first = _until_first_step(home, settings, running)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        assert processes.session_pids(first.environment_marker), "the killed demo's cluster should still run"
+        log.write_bytes(b"")
+        running = tidegate("demo", "aqua", *size, "--keep", port=port, log=log)
+        code = running.wait(timeout=900)
         output = log.read_text()
         assert code == 0, output
         assert processes.session_pids(first.environment_marker) == []
         steps = {s["step"]: s for s in json.loads((home / "report.json").read_text())["steps"]}
         yield DemoRun(settings, steps, output, f"http://127.0.0.1:{port}", owner_key(settings))
     finally:
-        again.kill()
+        running.kill()
         session.down(settings)
 
 
 def _until_first_step(home: Path, settings: Settings, run: subprocess.Popen[bytes]) -> session.Session:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (home / "report.json").exists():
         assert run.poll() is None, "the demo ended before its first step"
         assert time.monotonic() < deadline, "the demo did not reach its first step"
