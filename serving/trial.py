@@ -114,7 +114,7 @@ class _Counts:
     @property
     def urgent(self) -> bool:
         """Whether something happened that may end the rollout."""
-        return bool(self.errors or self.harmed)
+        return bool(self.errors or self.accidents)
 
 
 def _pairs(counts: dict[float, list[int]]) -> dict[float, tuple[int, int]]:
@@ -132,6 +132,14 @@ class Chosen:
     prediction: Prediction
     taken: np.ndarray
     other: Other
+
+
+@dataclass(frozen=True)
+class _Got:
+    """What a challenger gave, None when it failed; ``late`` when it gave nothing in time."""
+
+    reply: Reply | None
+    late: bool = False
 
 
 class Trial:
@@ -189,7 +197,8 @@ class Trial:
         that of all instances and the challenger's that of its own, which can only be to its advantage.
         """
         challenger, rows = self.challenger, np.flatnonzero(assigned)
-        reply = await self._within_deadline(prepared.take(rows))
+        got = await self._within_deadline(prepared.take(rows))
+        reply = got.reply
         taken = np.zeros(len(assigned), dtype=bool)
         if reply is not None:
             # What the ladder refuses is refused for every version.
@@ -197,7 +206,7 @@ class Trial:
         harmed = int((assigned & ~taken & prepared.usable).sum())
         self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
-        failed = not taken[0] if first else not bool(self._valid(champion)[0])
+        failed = not (taken[0] or got.late) if first else not bool(self._valid(champion)[0])
         took = champion_s if not first else reply.seconds if reply is not None else None
 
         def change(counts: _Counts) -> None:
@@ -257,13 +266,14 @@ class Trial:
         done: Callable[[Other], None],
     ) -> None:
         challenger = self.challenger
-        reply = await self._within_deadline(prepared.all())
+        got = await self._within_deadline(prepared.all())
+        reply = got.reply
         nothing = np.full(len(prepared.usable), np.nan)
         valid = np.zeros(len(nothing), dtype=bool)
         if reply is not None:
             valid = self._valid(reply.prediction) & prepared.usable
         if counted and prepared.usable[0]:
-            self._count_copy(key, champion, champion_s, reply, bool(valid[0]))
+            self._count_copy(key, champion, champion_s, got, bool(valid[0]))
         if reply is None:
             done(Other(nothing, nothing, nothing, challenger.version))
         else:
@@ -272,20 +282,21 @@ class Trial:
             )
             done(Other(value, lower, upper, challenger.version))
 
-    def _count_copy(self, key: str, champion: Prediction, champion_s: float, reply: Reply | None, valid: bool) -> None:
-        challenger = self.challenger
+    def _count_copy(self, key: str, champion: Prediction, champion_s: float, got: _Got, valid: bool) -> None:
+        challenger, reply = self.challenger, got.reply
         # Each copied request is counted for one of the two versions, by a coin: the tests assume that an event
         # belongs to one of them, and a request that fails in both must not count twice.
         coin = place(key, f"{challenger.salt}/coin") < COIN
         in_shadow = challenger.weight <= 0  # later the assigned requests are the evidence
         fine = bool(self._valid(champion)[0])
-        failed = not (valid if coin else fine)
+        failed = not (valid or got.late) if coin else not fine
         took = (reply.seconds if reply is not None else None) if coin else champion_s
         value = float(reply.value[0]) if reply is not None else np.nan
         disagreed = valid and fine and not champion.lower[0] <= value <= champion.upper[0]
 
         def change(counts: _Counts) -> None:
             counts.copies += 1
+            counts.accidents += got.late
             counts.disagreed += disagreed
             if in_shadow:
                 if failed:
@@ -304,8 +315,12 @@ class Trial:
             self._keys.popitem(last=False)
         return True
 
-    async def _within_deadline(self, rows: Rows) -> Reply | None:
-        """The challenger's reply, or None when there is none in time or it has not the form of one."""
+    async def _within_deadline(self, rows: Rows) -> _Got:
+        """The challenger's reply, if there is one in time that has the form of one.
+
+        A late one is harm, but no evidence of errors: the way to a process of its own and a busy machine would be held
+        against a version that is as good as the champion, which has no such way.
+        """
         deadline_s = self.challenger.deadline_ms / 1e3
         try:
             found = await asyncio.wait_for(self._ask(rows), deadline_s)
@@ -316,10 +331,12 @@ class Trial:
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise  # the caller went away
-            return None
+            return _Got(None)
+        except TimeoutError:
+            return _Got(None, late=True)
         except Exception:  # noqa: BLE001 — whatever a challenger raises or answers is its failure, and counted as one
-            return None
-        return reply if value.shape == lower.shape == upper.shape == (rows.count,) else None
+            return _Got(None)
+        return _Got(reply if value.shape == lower.shape == upper.shape == (rows.count,) else None)
 
     def _valid(self, found: Prediction) -> np.ndarray:
         """bool [n]: answers that the output's contract allows."""

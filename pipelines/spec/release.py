@@ -68,9 +68,9 @@ class ReleasePolicy(Spec):
     slow calls that is put up with. A call is slow above ``slow_factor`` times the champion's median time inside the
     runner, at least ``slow_floor_ms``. The challenger disagrees when its answer lies outside the champion's interval;
     ``disagreement`` is the declared rate of that. After ``harm_cap`` requests with harmed answers (the champion had to
-    step in) the challenger is withdrawn at once; the cap is no part of alpha. A caller's request waits for the
-    challenger at most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails alone. A rollout that
-    is not decided within ``patience`` ends as inconclusive.
+    step in) or copies left unanswered the challenger is withdrawn at once; the cap is no part of alpha. A caller's
+    request waits for the challenger at most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails
+    alone. A rollout that is not decided within ``patience`` ends as inconclusive.
     """
 
     shadow: Shadow = Shadow()

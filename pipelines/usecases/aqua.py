@@ -169,6 +169,7 @@ USE_CASE = UseCase(
         shadow=Shadow(requests=100, time=HOUR),
         steps=(CanaryStep(weight=0.1, requests=50, time=3 * HOUR), CanaryStep(weight=0.5, requests=200, time=6 * HOUR)),
         labels=Labels(days=7),
+        deadline_ms=1000,  # an hourly forecast can wait
     ),
     retraining=RetrainPolicy(
         drift=DriftRule(columns=("inflow_mean_1d", "inflow_last_1d", "temperature")),

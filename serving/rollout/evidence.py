@@ -24,7 +24,8 @@ class Report(BaseModel):
     is a request, represented by its first instance: the instances of one request share its fate, and counting each
     would count one accident many times. ``copies`` were answered by both, ``disagreed`` of them by different
     answers. ``served`` and ``harmed`` are instances: answered by the challenger, and answered by the champion in its
-    place; ``accidents`` are the requests in which any was harmed.
+    place; ``accidents`` are the requests in which any was harmed, and copies that were not
+    answered in time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -53,7 +53,9 @@ def judge(policy: ReleasePolicy, state: State, evidence: Evidence, now_us: int) 
         return Verdict(action, reason, guardrail, log_e, threshold)
 
     if evidence.accidents >= policy.harm_cap:
-        return verdict(Action.ROLL_BACK, f"{evidence.accidents} requests with harmed answers reach the cap", "harm")
+        return verdict(
+            Action.ROLL_BACK, f"{evidence.accidents} requests harmed or left unanswered reach the cap", "harm"
+        )
     for name in ("errors", "latency", "disagreement", "quality"):
         if log_e[name] >= threshold[name]:
             said = f"{name}: log e {log_e[name]:.2f} reaches {threshold[name]:.2f}"

@@ -93,7 +93,11 @@ def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
     return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1"), tally
 
 
-def request(one: Trial, count: int, key: str = "k") -> Any:
+# A key whose first instance is the challenger's at half of the traffic.
+KEY = next(key for key in map(str, range(100)) if place(f"{key}/0", "aqua/1") < 0.5)
+
+
+def request(one: Trial, count: int, key: str = KEY) -> Any:
     weight = one.weight
     assigned = one.assign(key, count, weight)
     assert assigned.any()
@@ -111,16 +115,16 @@ def test_the_champion_answers_whatever_a_challenger_fails_at(ask):
     assert report is not None
     assert report.harmed == assigned.sum()
     assert report.served == 0
-    side = (1, 0) if assigned[0] else (0, 1)
-    assert report.exposed == {0.5: side}
-    assert report.errors == ({0.5: (1, 0)} if assigned[0] else {})
+    assert report.exposed == {0.5: (1, 0)}
+    assert report.errors == ({} if ask is hangs else {0.5: (1, 0)})  # being late says nothing about errors
+    assert report.accidents == 1
 
 
 def test_a_batch_is_split_by_instance_and_put_together_in_order():
     one, tally = trial(good)
     assigned, chosen = request(one, 40)
     assert 5 < assigned.sum() < 35
-    assert assigned.tolist() == [place(f"k/{i}", "aqua/1") < 0.5 for i in range(40)]
+    assert assigned.tolist() == [place(f"{KEY}/{i}", "aqua/1") < 0.5 for i in range(40)]
     assert chosen.taken.tolist() == assigned.tolist()
     assert chosen.prediction.value.tolist() == [11.0 if a else 10.0 for a in assigned]
     assert np.where(assigned, chosen.other.value, 10.0).tolist() == [10.0] * 40
@@ -259,6 +263,20 @@ def test_in_shadow_a_coin_says_whose_answer_counts_and_both_fail_alike():
     assert 160 < mine < 240
 
 
+def test_copies_left_unanswered_count_towards_the_cap_and_not_as_errors():
+    one, tally = trial(hangs, weight=0.0, deadline_ms=5.0)
+
+    async def run():
+        for number in range(6):
+            one.copy(f"k{number}", True, prepared(1), champion(1), 0.0001, lambda *_: None)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    report = tally.report()
+    assert report is not None
+    assert (report.copies, report.accidents, report.harmed, report.errors) == (6, 6, 0, {})
+
+
 def test_a_champion_that_has_no_answer_is_not_disagreed_with():
     nothing = Prediction(*(np.full(1, np.nan) for _ in range(3)))
     one, tally = trial(good, weight=0.0)
@@ -321,6 +339,7 @@ def test_harm_is_reported_at_once_and_all_else_the_more_seldom_the_longer_a_roll
         def apply(counts):
             counts.served += served
             counts.harmed += harmed
+            counts.accidents += harmed
 
         tally.add(1, apply)
 
