@@ -17,14 +17,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event, insert, select, update
 from sqlalchemy.engine import URL
 
-from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING, TRIGGERS
+from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING
 
 # The advisory lock that PostgreSQL's writers take: "tidegate" in ASCII.
 _WRITER_LOCK = 0x7469646567617465
 _BUSY_SECONDS = 60
 
 LoadStatus = Literal["begun", "published", "refused"]
-TriggerStatus = Literal["open", "running", "done", "failed"]
 
 
 class StaleEpoch(RuntimeError):
@@ -74,24 +73,6 @@ class JournalEntry:
     kind: str
     payload: dict[str, Any]
     at_us: int
-
-
-@dataclass(frozen=True)
-class Trigger:
-    """Why a use case is to be trained again, and how far that has come.
-
-    ``evidence`` are the numbers it was opened on, ``attempts`` counts its claims by a new process, ``outcome`` is
-    what was noted on the way.
-    """
-
-    id: int
-    usecase: str
-    kind: str
-    evidence: dict[str, Any]
-    opened_us: int
-    status: TriggerStatus
-    attempts: int
-    outcome: dict[str, Any]
 
 
 class Database:
@@ -178,7 +159,7 @@ class Database:
     def acquire_lease(self, name: str, holder: str, seconds: float, now_us: int) -> bool:
         """Take or renew the lease until ``now_us`` + ``seconds``; False while another's has not expired."""
         with self.write() as connection:
-            return _acquire(connection, name, holder, seconds, now_us)
+            return acquire(connection, name, holder, seconds, now_us)
 
     def release_lease(self, name: str, holder: str) -> None:
         """Give the lease back; nothing happens if ``holder`` does not have it."""
@@ -205,8 +186,7 @@ class Database:
             if status is not None and (status == "open" or not again):
                 return False
             connection.execute(RELEASES.delete().where(*this))
-            values = {"usecase": usecase, "version": version, "payload": payload, "requested_us": now_us}
-            connection.execute(insert(RELEASES).values(**values, status="open"))
+            ask_release(connection, usecase, version, payload, now_us)
             return True
 
     def claim_release(self, usecase: str, holder: str, seconds: float, now_us: int) -> ReleaseRequest | None:
@@ -222,7 +202,7 @@ class Database:
         )
         with self.write() as connection:
             row = connection.execute(oldest).one_or_none()
-            if row is None or not _acquire(connection, f"release/{usecase}", holder, seconds, now_us):
+            if row is None or not acquire(connection, f"release/{usecase}", holder, seconds, now_us):
                 return None
         return ReleaseRequest(row.usecase, row.version, row.payload, row.requested_us, row.sequence)
 
@@ -273,14 +253,8 @@ class Database:
 
         Raises ``StaleJournal``, and adds nothing, when the last entry does not have the sequence ``expected``.
         """
-        newest = select(sa.func.max(JOURNAL.c.sequence)).where(JOURNAL.c.usecase == usecase)
         with self.write() as connection:
-            last: int = connection.execute(newest).scalar() or 0
-            if expected is not None and last != expected:
-                raise StaleJournal(
-                    f"the journal of {usecase!r} is at {last}, not {expected}: read it again and decide anew"
-                )
-            return _append(connection, usecase, kind, payload, at_us)
+            return append_entry(connection, usecase, kind, payload, at_us, expected)
 
     def journal(self, usecase: str, *, after: int = 0) -> list[JournalEntry]:
         """The entries of a use case with a sequence above ``after``, in order."""
@@ -308,127 +282,36 @@ class Database:
             found = connection.execute(select(RELEASES.c.version).where(*mine).order_by(RELEASES.c.sequence))
             return list(found.scalars())
 
-    def request_release_for(
-        self, trigger: int, usecase: str, version: str, payload: dict[str, Any], now_us: int
-    ) -> bool:
-        """``request_release`` on behalf of a trigger, which asks for one version at most, whichever comes first.
-
-        The request's payload names the trigger, and the trigger's outcome the version, in one step. False when the
-        trigger or the version has a request; raises ``KeyError`` for a trigger that never was.
-        """
-        this = (RELEASES.c.usecase == usecase, RELEASES.c.version == version)
-        with self.write() as connection:
-            found = _trigger_of(connection, trigger)
-            asked = connection.execute(select(RELEASES.c.version).where(*this)).one_or_none()
-            if found.outcome.get("requested") or asked is not None:
-                return False
-            values = {"usecase": usecase, "version": version, "payload": {**payload, "trigger": trigger}}
-            connection.execute(insert(RELEASES).values(**values, requested_us=now_us, status="open"))
-            outcome = {**found.outcome, "version": version, "requested": True}
-            connection.execute(update(TRIGGERS).where(TRIGGERS.c.id == trigger).values(outcome=outcome))
-            return True
-
-    def open_trigger(
-        self, usecase: str, kind: str, evidence: dict[str, Any], now_us: int, cool_down_us: int = 0
-    ) -> Trigger | None:
-        """Open a trigger and journal it as ``trigger_opened``, in one step.
-
-        None, and nothing written, while another of the use case is open or running, or when its last one was opened
-        less than ``cool_down_us`` ago.
-        """
-        last = select(TRIGGERS).where(TRIGGERS.c.usecase == usecase).order_by(TRIGGERS.c.id.desc()).limit(1)
-        with self.write() as connection:
-            row = connection.execute(last).one_or_none()
-            if row is not None and (row.status in _UNFINISHED or now_us - row.opened_us < cool_down_us):
-                return None
-            values = {"usecase": usecase, "kind": kind, "evidence": evidence, "opened_us": now_us}
-            made = connection.execute(insert(TRIGGERS).values(**values, status="open", attempts=0, outcome={}))
-            identity = int((made.inserted_primary_key or (0,))[0])
-            payload = {"trigger": identity, "trigger_kind": kind, "evidence": evidence}
-            _append(connection, usecase, "trigger_opened", payload, now_us)
-        return Trigger(identity, usecase, kind, evidence, now_us, "open", 0, {})
-
-    def claim_trigger(self, usecase: str, holder: str, seconds: float, now_us: int) -> Trigger | None:
-        """The open trigger, or the running one that nobody holds, claimed until ``now_us`` + ``seconds``.
-
-        The lease is ``trigger/<usecase>``; claiming again renews it, and only a claim by a new holder is an attempt.
-        None when there is none, or when another holds it.
-        """
-        name = f"trigger/{usecase}"
-        pending = select(TRIGGERS).where(TRIGGERS.c.usecase == usecase, TRIGGERS.c.status.in_(_UNFINISHED))
-        with self.write() as connection:
-            row = connection.execute(pending).one_or_none()
-            before = connection.execute(select(LEASES.c.holder).where(LEASES.c.name == name)).scalar()
-            if row is None or not _acquire(connection, name, holder, seconds, now_us):
-                return None
-            attempts = row.attempts + (before != holder)
-            change = update(TRIGGERS).where(TRIGGERS.c.id == row.id)
-            connection.execute(change.values(status="running", attempts=attempts))
-            return _trigger_of(connection, row.id)
-
-    def note_trigger(self, trigger: int, notes: dict[str, Any], kind: str | None, now_us: int) -> Trigger:
-        """Add ``notes`` to the outcome and journal them as ``kind`` (None: not), in one step and once.
-
-        What was noted under the same names before stays, and is not journalled again. ``KeyError`` for a trigger
-        that never was.
-        """
-        with self.write() as connection:
-            found = _trigger_of(connection, trigger)
-            if not notes.keys() <= found.outcome.keys():
-                outcome = {**notes, **found.outcome}
-                connection.execute(update(TRIGGERS).where(TRIGGERS.c.id == trigger).values(outcome=outcome))
-                if kind is not None:
-                    _append(connection, found.usecase, kind, {"trigger": trigger, **notes}, now_us)
-            return _trigger_of(connection, trigger)
-
-    def finish_trigger(
-        self, trigger: int, status: Literal["done", "failed"], notes: dict[str, Any], now_us: int
-    ) -> Trigger:
-        """End a trigger, journal it as ``trigger_closed`` and free its lease, in one step; once ended it stays so."""
-        with self.write() as connection:
-            found = _trigger_of(connection, trigger)
-            if found.status in _UNFINISHED:
-                change = update(TRIGGERS).where(TRIGGERS.c.id == trigger)
-                connection.execute(change.values(status=status, outcome={**found.outcome, **notes}))
-                _append(
-                    connection, found.usecase, "trigger_closed", {"trigger": trigger, "status": status, **notes}, now_us
-                )
-                connection.execute(LEASES.delete().where(LEASES.c.name == f"trigger/{found.usecase}"))
-            return _trigger_of(connection, trigger)
-
-    def triggers(self, usecase: str) -> list[Trigger]:
-        """All triggers of a use case in the order in which they opened."""
-        query = select(TRIGGERS).where(TRIGGERS.c.usecase == usecase).order_by(TRIGGERS.c.id)
-        with self.read() as connection:
-            return [_trigger(row) for row in connection.execute(query)]
-
     def __reduce__(self) -> tuple[type[Database], tuple[str]]:
         return Database, (self.url,)
 
 
-_UNFINISHED = ("open", "running")
+def ask_release(connection: Connection, usecase: str, version: str, payload: dict[str, Any], now_us: int) -> None:
+    """Adds an open request of a version that has none, inside ``Database.write``."""
+    values = {"usecase": usecase, "version": version, "payload": payload, "requested_us": now_us}
+    connection.execute(insert(RELEASES).values(**values, status="open"))
 
 
-def _append(connection: Connection, usecase: str, kind: str, payload: dict[str, Any], at_us: int) -> int:
+def append_entry(
+    connection: Connection,
+    usecase: str,
+    kind: str,
+    payload: dict[str, Any],
+    at_us: int,
+    expected: int | None = None,
+) -> int:
+    """``Database.append_journal`` inside ``Database.write``."""
     newest = select(sa.func.max(JOURNAL.c.sequence)).where(JOURNAL.c.usecase == usecase)
-    sequence: int = (connection.execute(newest).scalar() or 0) + 1
-    values = {"usecase": usecase, "sequence": sequence, "kind": kind, "payload": payload}
+    last: int = connection.execute(newest).scalar() or 0
+    if expected is not None and last != expected:
+        raise StaleJournal(f"the journal of {usecase!r} is at {last}, not {expected}: read it again and decide anew")
+    values = {"usecase": usecase, "sequence": last + 1, "kind": kind, "payload": payload}
     connection.execute(insert(JOURNAL).values(**values, at_us=at_us))
-    return sequence
+    return last + 1
 
 
-def _trigger_of(connection: Connection, trigger: int) -> Trigger:
-    row = connection.execute(select(TRIGGERS).where(TRIGGERS.c.id == trigger)).one_or_none()
-    if row is None:
-        raise KeyError(f"there is no trigger {trigger}: open_trigger makes one")
-    return _trigger(row)
-
-
-def _trigger(row: Row[Any]) -> Trigger:
-    return Trigger(row.id, row.usecase, row.kind, row.evidence, row.opened_us, row.status, row.attempts, row.outcome)
-
-
-def _acquire(connection: Connection, name: str, holder: str, seconds: float, now_us: int) -> bool:
+def acquire(connection: Connection, name: str, holder: str, seconds: float, now_us: int) -> bool:
+    """``Database.acquire_lease`` inside ``Database.write``."""
     if seconds <= 0:
         raise ValueError(f"lease {name!r} of {holder!r} needs more than {seconds} seconds")
     expires_us = now_us + round(seconds * 1_000_000)

@@ -47,6 +47,7 @@ class Session:
     temp_dir: str
     metrics_port: int
     stats_port: int
+    fallback_port: int = 8500
 
     @property
     def environment_marker(self) -> str:
@@ -85,6 +86,9 @@ def _node_environment(settings: Settings, session: Session) -> dict[str, str]:
         "NUMBA_CACHE_DIR": str(settings.cache_dir / "numba"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(session.metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(session.stats_port),
+        # Where the proxy sends calls while no replica runs. Shared with another cluster of this machine, as Ray would
+        # let it be, it would answer with that one's gateways.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(session.fallback_port),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(Path(session.temp_dir) / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
@@ -121,6 +125,7 @@ def up(settings: Settings, *, say: Callable[[str], None] = _silent) -> Session:
         temp_dir=str(temp_dir),
         metrics_port=_port_beside(settings, 9101),
         stats_port=_port_beside(settings, 8404),
+        fallback_port=_port_beside(settings, 8500),
     )
     environment = {**os.environ, **_node_environment(settings, session)}
     environment.pop("RAY_ADDRESS", None)
@@ -147,7 +152,7 @@ def up(settings: Settings, *, say: Callable[[str], None] = _silent) -> Session:
     try:
         _wait_for_head(head, session, log)
         _start_serve(settings)
-    except BaseException:
+    except BaseException:  # also an interrupt: nothing of a start that did not succeed may stay
         down(settings)
         raise
     return session

@@ -29,12 +29,12 @@ from pipelines.features.offline import TIME, training_rows
 from pipelines.features.served import OUTCOME_SCHEMA, SERVED_SCHEMA, outcomes_table, predictions_table
 from pipelines.features.windows import view_fingerprint
 from pipelines.monitoring.drift import Drift, Rows, judge_drift
-from pipelines.monitoring.performance import DAY_US, Decay, Reference, champion_answers, judge_decay
+from pipelines.monitoring.performance import Decay, Reference, champion_answers, judge_decay
 from pipelines.retraining import triggers
 from pipelines.retraining.cycle import CycleReport, run
 from pipelines.retraining.triggers import Observed, Seen
 from pipelines.spec import DecayRule, DriftRule, UseCase
-from pipelines.spec.base import microseconds
+from pipelines.spec.base import DAY_US, microseconds
 from pipelines.training.dataset import load_examples
 from pipelines.training.registry import ModelVersion, Registry
 

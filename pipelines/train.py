@@ -27,6 +27,7 @@ from cluster.database import Database
 from cluster.session import connect
 from cluster.settings import Settings
 from cluster.tables import Tables
+from cluster.triggers import Triggers
 from pipelines import usecases
 from pipelines.contracts.enforce import events_table
 from pipelines.features import derived
@@ -173,7 +174,7 @@ def register(
         return made, False
     payload = {"gates": report.to_json()["gates"], "view": page.view, "contract": page.contract_version}
     if trigger is not None:
-        return made, database.request_release_for(trigger, use_case.name, made.version, payload, now_us)
+        return made, Triggers(database).request_release(trigger, made.version, payload, now_us)
     return made, database.request_release(use_case.name, made.version, payload, now_us)
 
 

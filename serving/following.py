@@ -29,7 +29,7 @@ from pipelines.spec import UseCase
 from serving import routing
 from serving.challenger import Asker
 from serving.rollout.actor import handle, start
-from serving.rollout.world import gateway_lease
+from serving.rollout.serve_world import gateway_lease
 from serving.routing import RoutingTable
 from serving.runner import LoadedVersion, VersionRefused, load_version
 from serving.trial import Tally, Trial
@@ -173,7 +173,7 @@ class Follower:
     def _apply(self, table: RoutingTable) -> None:
         now = self.serving
         if table.epoch < now.table.epoch:
-            raise AssertionError(f"epoch {table.epoch} came after {now.table.epoch}")
+            return  # of a call that was overtaken
         if table.champion not in self._loaded:
             self._loaded[table.champion] = self._load(table.champion)
         champion = self._loaded[table.champion]
@@ -204,11 +204,9 @@ class Follower:
             return None  # Serve does not know the application yet, or no more, or does not answer
         self._asker = asker
         target = self._use_case.contract.field(self._use_case.model.target.field)
-        low = -float("inf") if target.minimum is None else target.minimum
-        high = float("inf") if target.maximum is None else target.maximum
         # Fixed for the whole rollout, from the champion's past on this node, so both versions are held to one limit.
         slow_s = max(wanted.slow_factor * champion.median_s(), wanted.slow_floor_ms / 1e3)
-        return Trial(wanted, asker.ask, slow_s, self._tally, (low, high), table.champion)
+        return Trial(wanted, asker.ask, slow_s, self._tally, target.limits, table.champion)
 
     def _wants_trial(self) -> bool:
         return self.serving.table.challenger is not None and self.serving.trial is None

@@ -33,6 +33,7 @@ from serving.following import Follower, Serving
 from serving.problems import Problem
 from serving.rollout.operators import Rollouts
 from serving.runner import LoadedVersion
+from serving.trial import Asked
 from serving.watch import Watch
 
 ASGIScope = MutableMapping[str, Any]
@@ -127,17 +128,18 @@ class Gateway:
         counted = given is None or trial.first_seen(given)
         weight = trial.weight
         assigned = trial.assign(key, len(prepared.records), weight)
+        asked = Asked(key, counted, prepared, prediction, took)
         if assigned.any():
-            chosen = await trial.choose(counted, prepared, prediction, took, assigned, weight)
+            chosen = await trial.choose(asked, assigned, weight)
             version = trial.challenger.version
             answered = self.predictor.compose(prepared, chosen.prediction, champion, chosen.taken, version)
             self.intake.predictions(answered.records(chosen.other))
             return answered
         if weight > 0:
-            trial.count_champion(counted, prepared, prediction, took, weight)
+            trial.count_champion(asked, weight)
         answered = self.predictor.compose(prepared, prediction, champion)
         if trial.copies(key):
-            trial.copy(key, counted, prepared, prediction, took, partial(self._log_copied, answered))
+            trial.copy(asked, partial(self._log_copied, answered))
         else:
             self.intake.predictions(answered.records())
         return answered

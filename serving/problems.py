@@ -10,9 +10,12 @@ import orjson
 MEDIA_TYPE = b"application/problem+json"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem(Exception):
-    """An answer that refuses: HTTP status, short title, what to do, and where it was found."""
+    """An answer that refuses: HTTP status, short title, what to do, and where it was found.
+
+    Not frozen: whoever handles an exception may set its traceback.
+    """
 
     status: int
     title: str

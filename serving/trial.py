@@ -126,6 +126,25 @@ def _count(counts: dict[float, list[int]], weight: float, challenger: bool) -> N
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A request of n instances that the champion has answered, in ``champion_s`` seconds inside its runner.
+
+    ``key`` places it in the split. ``counted`` is False for a request that must not be evidence (a repetition).
+    """
+
+    key: str
+    counted: bool
+    prepared: Prepared
+    champion: Prediction
+    champion_s: float
+
+    @property
+    def evident(self) -> bool:
+        """Whether its first instance, which stands for the request, is evidence."""
+        return self.counted and bool(self.prepared.usable[0])
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The answers of a request: ``taken`` bool [n] are the challenger's; ``other`` is what the champion said there."""
 
@@ -182,20 +201,13 @@ class Trial:
             return np.zeros(count, dtype=bool)
         return np.array([place(f"{key}/{i}", self.challenger.salt) for i in range(count)]) < weight
 
-    async def choose(
-        self,
-        counted: bool,
-        prepared: Prepared,
-        champion: Prediction,
-        champion_s: float,
-        assigned: np.ndarray,
-        weight: float,
-    ) -> Chosen:
+    async def choose(self, asked: Asked, assigned: np.ndarray, weight: float) -> Chosen:
         """The answers to a request of which some instances are ``assigned`` to the challenger, at that ``weight``.
 
-        ``counted`` is False for a request that must not be evidence (a repetition). In a batch the champion's time is
-        that of all instances and the challenger's that of its own, which can only be to its advantage.
+        In a batch the champion's time is that of all instances and the challenger's that of its own, which can only be
+        to its advantage.
         """
+        prepared, champion = asked.prepared, asked.champion
         challenger, rows = self.challenger, np.flatnonzero(assigned)
         got = await self._within_deadline(prepared.take(rows))
         reply = got.reply
@@ -207,26 +219,24 @@ class Trial:
         self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
         failed = not (taken[0] or got.late) if first else not bool(self._valid(champion)[0])
-        took = champion_s if not first else reply.seconds if reply is not None else None
+        took = asked.champion_s if not first else reply.seconds if reply is not None else None
 
         def change(counts: _Counts) -> None:
             counts.served += served
             counts.harmed += harmed
             counts.accidents += harmed > 0
-            if counted and prepared.usable[0]:
+            if asked.evident:
                 self._judge(counts, weight, first, failed, took)
 
         self._tally.add(challenger.rollout, change)
         return _merge(champion, reply, rows, taken, self._champion)
 
-    def count_champion(
-        self, counted: bool, prepared: Prepared, champion: Prediction, champion_s: float, weight: float
-    ) -> None:
+    def count_champion(self, asked: Asked, weight: float) -> None:
         """Counts a request that the split left to the champion, at that ``weight``."""
-        failed = not bool(self._valid(champion)[0])
-        if counted and prepared.usable[0]:
+        failed = not bool(self._valid(asked.champion)[0])
+        if asked.evident:
             self._tally.add(
-                self.challenger.rollout, lambda counts: self._judge(counts, weight, False, failed, champion_s)
+                self.challenger.rollout, lambda counts: self._judge(counts, weight, False, failed, asked.champion_s)
             )
 
     def _judge(self, counts: _Counts, weight: float, challenger: bool, failed: bool, took: float | None) -> None:
@@ -242,38 +252,22 @@ class Trial:
         share = self.challenger.shadow
         return len(self._copies) < _COPIES_AT_ONCE and place(key, f"{self.challenger.salt}/copy") < share
 
-    def copy(
-        self,
-        key: str,
-        counted: bool,
-        prepared: Prepared,
-        champion: Prediction,
-        champion_s: float,
-        done: Callable[[Other], None],
-    ) -> None:
+    def copy(self, asked: Asked, done: Callable[[Other], None]) -> None:
         """Asks the challenger behind the caller's back; ``done`` gets what it said."""
-        task = asyncio.ensure_future(self._copied(key, counted, prepared, champion, champion_s, done))
+        task = asyncio.ensure_future(self._copied(asked, done))
         self._copies.add(task)
         task.add_done_callback(self._copies.discard)
 
-    async def _copied(
-        self,
-        key: str,
-        counted: bool,
-        prepared: Prepared,
-        champion: Prediction,
-        champion_s: float,
-        done: Callable[[Other], None],
-    ) -> None:
-        challenger = self.challenger
+    async def _copied(self, asked: Asked, done: Callable[[Other], None]) -> None:
+        challenger, prepared = self.challenger, asked.prepared
         got = await self._within_deadline(prepared.all())
         reply = got.reply
         nothing = np.full(len(prepared.usable), np.nan)
         valid = np.zeros(len(nothing), dtype=bool)
         if reply is not None:
             valid = self._valid(reply.prediction) & prepared.usable
-        if counted and prepared.usable[0]:
-            self._count_copy(key, champion, champion_s, got, bool(valid[0]))
+        if asked.evident:
+            self._count_copy(asked, got, bool(valid[0]))
         if reply is None:
             done(Other(nothing, nothing, nothing, challenger.version))
         else:
@@ -282,15 +276,15 @@ class Trial:
             )
             done(Other(value, lower, upper, challenger.version))
 
-    def _count_copy(self, key: str, champion: Prediction, champion_s: float, got: _Got, valid: bool) -> None:
-        challenger, reply = self.challenger, got.reply
+    def _count_copy(self, asked: Asked, got: _Got, valid: bool) -> None:
+        challenger, champion, reply = self.challenger, asked.champion, got.reply
         # Each copied request is counted for one of the two versions, by a coin: the tests assume that an event
         # belongs to one of them, and a request that fails in both must not count twice.
-        coin = place(key, f"{challenger.salt}/coin") < COIN
+        coin = place(asked.key, f"{challenger.salt}/coin") < COIN
         in_shadow = challenger.weight <= 0  # later the assigned requests are the evidence
         fine = bool(self._valid(champion)[0])
         failed = not (valid or got.late) if coin else not fine
-        took = (reply.seconds if reply is not None else None) if coin else champion_s
+        took = (reply.seconds if reply is not None else None) if coin else asked.champion_s
         value = float(reply.value[0]) if reply is not None else np.nan
         disagreed = valid and fine and not champion.lower[0] <= value <= champion.upper[0]
 

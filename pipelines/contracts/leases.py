@@ -30,11 +30,6 @@ def try_events(database: Database, use_case: UseCase, holder: str) -> bool:
     return _take(database, _name(use_case), holder)
 
 
-def release_events(database: Database, use_case: UseCase, holder: str) -> None:
-    """Gives the lease back."""
-    database.release_lease(_name(use_case), holder)
-
-
 @contextmanager
 def events_lease(
     database: Database, use_case: UseCase, holder: str, *, patience_s: float = 120.0

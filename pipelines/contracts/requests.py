@@ -73,8 +73,9 @@ def compile_model(contract: Contract, fields: Sequence[str] | None = None, name:
     """
     chosen = contract.fields if fields is None else tuple(contract.field(f) for f in fields)
     title = name or contract.name
-    typed = TypedDict(title, {f.name: _annotation(f) for f in chosen})  # type: ignore[misc]
-    typed.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    make: Any = TypedDict  # the type is known only now, which no checker can follow
+    typed = make(title, {f.name: _annotation(f) for f in chosen})
+    typed.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     return RecordModel(name=title, contract=contract, fields=chosen, adapter=TypeAdapter(typed))
 
 

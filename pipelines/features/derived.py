@@ -106,13 +106,11 @@ def trace(feature: str, function: Any) -> Trace:
     return Trace(tuple(parameters), ";".join(numbers))
 
 
-def check_elementwise(view: FeatureView) -> None:
-    """Raises ``DerivedError`` unless every derived feature is elementwise and names columns before it."""
-    traces(view)
-
-
 def traces(view: FeatureView) -> dict[str, Trace]:
-    """The trace of every derived feature by name, in the view's order; computed once per view."""
+    """The trace of every derived feature by name, in the view's order; computed once per view.
+
+    Raises ``DerivedError`` unless every one is elementwise and names columns before it.
+    """
     return _compiled(_Same(view)).traces
 
 

@@ -13,12 +13,11 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from pipelines.spec import Calendar
-from pipelines.spec.base import microseconds
+from pipelines.spec.base import DAY_US, microseconds
 
 _FIRST, _LAST = datetime(1950, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _STEP = timedelta(days=1)
-_DAY = 86_400_000_000
 # The days since 1970-01-01 on which years begin.
 _YEARS = np.arange(_FIRST.year - 1, _LAST.year + 2).astype(str).astype("datetime64[D]").astype(np.int64)
 
@@ -82,15 +81,15 @@ def local_microseconds(zone: str, time_us: np.ndarray) -> np.ndarray:
 def calendar_columns(calendar: Calendar, time_us: np.ndarray) -> dict[str, np.ndarray]:
     """The calendar's parts at ``time_us + ahead``, float64[n] each, in its order."""
     local = local_microseconds(calendar.zone, np.asarray(time_us, dtype=np.int64) + microseconds(calendar.ahead))
-    day = local // _DAY
+    day = local // DAY_US
     answer: dict[str, np.ndarray] = {}
     for part in calendar.parts:
         if part == "hour":
-            answer[part] = (local - day * _DAY) / 3_600_000_000.0
+            answer[part] = (local - day * DAY_US) / 3_600_000_000.0
         elif part == "weekday":
             answer[part] = ((day + 3) % 7).astype(np.float64)  # 1970-01-01 was a Thursday
         elif part == "yearday":
             answer[part] = (day - _YEARS[np.searchsorted(_YEARS, day, side="right") - 1]).astype(np.float64)
         else:
-            answer[part] = local / float(_DAY)
+            answer[part] = local / float(DAY_US)
     return answer

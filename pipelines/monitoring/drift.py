@@ -15,8 +15,8 @@ import numpy as np
 
 from pipelines.features.localtime import local_microseconds
 from pipelines.spec import DriftRule
+from pipelines.spec.base import DAY_US
 
-DAY_US = 86_400_000_000
 _HOUR_US = 3_600_000_000
 _YEAR_DAYS = 365.2425
 _HARMONICS = ((1.0, 3), (7.0, 3), (_YEAR_DAYS, 2))

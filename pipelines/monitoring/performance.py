@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.spec import DecayRule
-from pipelines.spec.base import microseconds
+from pipelines.spec.base import DAY_US, microseconds
 from pipelines.statistics.bootstrap import block_bootstrap_ratio
 from pipelines.validation.metrics import row_losses
 
-DAY_US = 86_400_000_000
 Finding = Literal["decayed", "holds", "inconclusive"]
 
 
@@ -52,22 +51,6 @@ class Answers:
         """bool [n]: which answers can be judged."""
         found: np.ndarray = np.isfinite(self.actual) & np.isfinite(self.value)
         return found
-
-
-@dataclass(frozen=True)
-class Day:
-    """One version's answers to the requests of one UTC day (``day`` days after 1970-01-01).
-
-    ``mae`` is in the target's unit, ``coverage`` the share of outcomes inside the interval; both are NaN as long as
-    none of the ``answers`` has ``matured``.
-    """
-
-    day: int
-    version: str
-    answers: int
-    matured: int
-    mae: float
-    coverage: float
 
 
 @dataclass(frozen=True)
@@ -130,22 +113,6 @@ def champion_answers(predictions: pa.Table, outcomes: pa.Table, now_us: int) -> 
         upper=_floats(mine.column("upper")),
         actual=_floats(latest.column("value").take(place)),
     )
-
-
-def daily(answers: Answers) -> tuple[Day, ...]:
-    """Each version's days, in order."""
-    days = answers.time_us // DAY_US
-    matured = answers.matured
-    error = np.abs(answers.value - answers.actual)
-    inside = (answers.actual >= answers.lower) & (answers.actual <= answers.upper)
-    found = []
-    for day, version in sorted(set(zip(days.tolist(), answers.version.tolist(), strict=True))):
-        rows = (days == day) & (answers.version == version)
-        ripe = rows & matured
-        count = int(ripe.sum())
-        mae, coverage = (float(error[ripe].mean()), float(inside[ripe].mean())) if count else (math.nan, math.nan)
-        found.append(Day(day, version, int(rows.sum()), count, mae, coverage))
-    return tuple(found)
 
 
 def judge_decay(

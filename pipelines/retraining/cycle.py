@@ -16,9 +16,10 @@ from typing import Any
 
 from cluster.alerts import Alerts
 from cluster.clock import Clock, SystemClock
-from cluster.database import Database, Trigger
+from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
+from cluster.triggers import Trigger, Triggers, lease
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.leases import kept_lease
 from pipelines.features.offline import backfill
@@ -82,10 +83,10 @@ def run(
         raise ValueError(f"use case {use_case.name!r} has no retraining policy: its page must say what to search")
     holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     # Leases end in real time, also under a replay clock: they guard against processes that died.
-    trigger = database.claim_trigger(use_case.name, holder, _CLAIM_S, SystemClock().now())
+    trigger = Triggers(database).claim(use_case.name, holder, _CLAIM_S, SystemClock().now())
     if trigger is None:
         return None
-    with kept_lease(database, f"trigger/{use_case.name}", holder) as still_held:
+    with kept_lease(database, lease(use_case.name), holder) as still_held:
         cycle = _Cycle(use_case, policy, tables, database, settings, clock, registry, after, still_held, trigger)
         return cycle.run()
 
@@ -106,6 +107,7 @@ class _Cycle:
     ) -> None:
         self._use_case, self._policy = use_case, policy
         self._tables, self._database, self._settings, self._clock = tables, database, settings, clock
+        self._triggers = Triggers(database)
         self._given = registry
         self._after, self._still_held = after, still_held
         self._trigger = trigger
@@ -191,7 +193,7 @@ class _Cycle:
         self._alerts.resolve(triggers.ALERT, self._use_case.name, reason)
         self._after("resolved")
         self._still_held()
-        ended = self._database.finish_trigger(
+        ended = self._triggers.finish(
             self._trigger.id,
             "done" if status == "done" else "failed",
             {"reason": reason, "version": outcome.get("version"), "requested": bool(outcome.get("requested"))},
@@ -215,7 +217,7 @@ class _Cycle:
 
     def _note(self, notes: dict[str, Any], kind: str | None) -> None:
         self._still_held()
-        self._trigger = self._database.note_trigger(self._trigger.id, notes, kind, self._clock.now())
+        self._trigger = self._triggers.note(self._trigger.id, notes, kind, self._clock.now())
 
     def _registry(self) -> Registry:
         # Opened late: MLflow takes seconds to import.

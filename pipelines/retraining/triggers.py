@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 
 from cluster.alerts import Alerts
 from cluster.clock import Clock
-from cluster.database import Database, Trigger
+from cluster.database import Database
+from cluster.triggers import Trigger, Triggers
 from pipelines.monitoring.drift import Drift
 from pipelines.monitoring.performance import Decay
 from pipelines.spec import RetrainPolicy, UseCase
@@ -132,10 +133,7 @@ def look(watched: Sequence[Condition], observed: Observed) -> tuple[Seen, ...]:
 
 def pending(database: Database, usecase: str) -> Trigger | None:
     """The trigger of a use case that is open or running."""
-    for trigger in reversed(database.triggers(usecase)):
-        if trigger.status in ("open", "running"):
-            return trigger
-    return None
+    return next((trigger for trigger in reversed(Triggers(database).all(usecase)) if trigger.pending), None)
 
 
 def open_due(
@@ -151,14 +149,14 @@ def open_due(
         return None
     evidence = {**due.evidence, "reason": due.reason}
     cool_down = microseconds(policy.cool_down)
-    return _told(database.open_trigger(use_case.name, due.kind, evidence, clock.now(), cool_down), database, clock)
+    return _told(Triggers(database).open(use_case.name, due.kind, evidence, clock.now(), cool_down), database, clock)
 
 
 def open_by_hand(use_case: UseCase, reason: str, *, database: Database, clock: Clock) -> Trigger | None:
     """Opens a trigger because a person asks for it, whatever the cool-down; None while another is pending."""
     if not reason.strip():
         raise ValueError("a trigger opened by hand needs a reason: it is the only evidence there is")
-    return _told(database.open_trigger(use_case.name, "manual", {"reason": reason}, clock.now()), database, clock)
+    return _told(Triggers(database).open(use_case.name, "manual", {"reason": reason}, clock.now()), database, clock)
 
 
 def tell(trigger: Trigger, alerts: Alerts) -> None:

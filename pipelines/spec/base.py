@@ -15,7 +15,9 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-_UNITS = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000))
+DAY_US = 86_400_000_000
+"""A day of 24 hours, in microseconds."""
+_UNITS = (("d", DAY_US), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000))
 
 
 def microseconds(duration: timedelta) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import timedelta
 from enum import StrEnum
@@ -40,6 +41,12 @@ class Field(Spec):
     allowed: tuple[str, ...] | None = None
     unit: str | None = None
     description: str = ""
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """``minimum`` and ``maximum``, infinite where there is none."""
+        low = -math.inf if self.minimum is None else self.minimum
+        return low, math.inf if self.maximum is None else self.maximum
 
     @model_validator(mode="after")
     def _limits_fit_the_type(self) -> Self:

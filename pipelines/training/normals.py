@@ -17,13 +17,14 @@ from safetensors.numpy import save_file
 
 from pipelines.features.localtime import local_microseconds
 from pipelines.spec import Fallback
+from pipelines.spec.base import DAY_US
 
 if TYPE_CHECKING:
     from pipelines.training.dataset import Frame
 
 NORMALS = "normals.safetensors"
 _FORMAT = "1"
-_HOUR, _DAY = 3_600_000_000, 86_400_000_000
+_HOUR = 3_600_000_000
 _SIZES = {"hour": 24, "weekend": 2, "month": 12}
 
 
@@ -77,11 +78,11 @@ def read_normals(folder: Path) -> Normals:
 def slots_of(zone: str, parts: Sequence[str], time_us: np.ndarray) -> np.ndarray:
     """The slot of each time (us, int64[n]) on the local clock of ``zone``, int64[n]."""
     local = local_microseconds(zone, time_us)
-    day = local // _DAY
+    day = local // DAY_US
     slot = np.zeros(len(time_us), np.int64)
     for part in parts:
         if part == "hour":
-            place = (local - day * _DAY) // _HOUR
+            place = (local - day * DAY_US) // _HOUR
         elif part == "weekend":
             place = ((day + 3) % 7 >= 5).astype(np.int64)  # 1970-01-01 was a Thursday
         else:

@@ -15,9 +15,8 @@ import pyarrow.compute as pc
 from cluster.tables import Tables
 from pipelines.features.served import outcomes_table, predictions_table
 from pipelines.spec import UseCase
-from pipelines.spec.base import microseconds
+from pipelines.spec.base import DAY_US, microseconds
 
-_DAY_US = 86_400_000_000
 _COLUMNS = [
     "prediction_id", "_time", "model_version", "value", "lower", "upper",
     "other_version", "other_value", "other_lower", "other_upper",
@@ -52,9 +51,9 @@ def paired_days(
     )
     newest = pc.max(outcomes.column("at").cast(pa.int64())).as_py() or 0
     last = complete_days(use_case, min(now_us, newest), grace_us)
-    if since_us >= last * _DAY_US:
+    if since_us >= last * DAY_US:
         return ()
-    window = (pc.field("_time") >= _instant(since_us)) & (pc.field("_time") < _instant(last * _DAY_US))
+    window = (pc.field("_time") >= _instant(since_us)) & (pc.field("_time") < _instant(last * DAY_US))
     logged = tables.read(names[0], columns=_COLUMNS, filter=window & pc.field("other_value").is_valid())
     return compare(logged, outcomes, champion=champion, challenger=challenger)
 
@@ -74,7 +73,7 @@ def compare(logged: pa.Table, outcomes: pa.Table, *, champion: str, challenger: 
     half = np.where(champions, upper - lower, other_upper - other_lower) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = sign * (np.abs(its - actual) - np.abs(value - actual)) / half
-    day = logged.column("_time").cast(pa.int64()).to_numpy() // _DAY_US
+    day = logged.column("_time").cast(pa.int64()).to_numpy() // DAY_US
     keep = (sign != 0) & np.isfinite(difference)
     difference, day = difference[keep], day[keep]
     return tuple(
@@ -84,7 +83,7 @@ def compare(logged: pa.Table, outcomes: pa.Table, *, champion: str, challenger: 
 
 def complete_days(use_case: UseCase, now_us: int, grace_us: int) -> int:
     """The first UTC day (days since 1970) whose outcomes were not all due ``grace_us`` before ``now_us``."""
-    return (now_us - microseconds(use_case.model.target.horizon) - grace_us) // _DAY_US
+    return (now_us - microseconds(use_case.model.target.horizon) - grace_us) // DAY_US
 
 
 def _pair(logged: pa.Table, answered: str, other: str) -> np.ndarray:

@@ -6,7 +6,6 @@ A model without gates has not passed: nothing was measured against anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,11 +44,6 @@ class Report:
             lines.append(f"lowest coverage: {worst} {self.by_entity[worst].coverage:.1%}")
         lines += [f"gate {gate.name}: {'passed' if gate.passed else 'FAILED'}, {gate.reason}" for gate in self.gates]
         return "\n".join(lines if self.gates else [*lines, "no gates: not passed"])
-
-
-def worst_entities(report: Report, count: int = 5) -> Sequence[tuple[str, Accuracy]]:
-    """The entities with the largest median relative error, the worst first."""
-    return sorted(report.by_entity.items(), key=lambda item: -item[1].mdape)[:count]
 
 
 def _without_nan(value: Any) -> Any:

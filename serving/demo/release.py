@@ -19,6 +19,7 @@ from serving.demo.report import expect
 from serving.drills import Drill, register_copy
 from serving.rollout.journal import Journal
 from serving.rollout.machine import Kind
+from serving.wire import RolloutStatus
 
 DRILLS = {
     "erring": Drill(errors=0.05),
@@ -79,7 +80,7 @@ class Releases:
         self._client.rollout_start(version, reason="a drill")
         return version
 
-    def drive(self, version: str, *, most: int, abort_when: Callable[[], bool] | None = None) -> Tried:
+    def drive(self, version: str, *, most: int, abort_when: Callable[[RolloutStatus], bool] | None = None) -> Tried:
         """Replays until the rollout of ``version`` is over, at most ``most`` moments.
 
         While the challenger starts or leaves, time stands still and callers go on asking.
@@ -93,7 +94,7 @@ class Releases:
                 break
             if status.challenger == version and status.phase in ("shadow", "canary"):
                 expect(moments < most, f"version {version} was not decided within {most} moments: {status}")
-                if not aborted and abort_when is not None and abort_when():
+                if not aborted and abort_when is not None and abort_when(status):
                     self._client.rollout_command("abort", "the drill is over; nothing was wrong with this version")
                     aborted = True
                     continue
@@ -107,9 +108,8 @@ class Releases:
         self._replay.alone = False
         return self._tried(version, done.failed, done.invalid, seconds)
 
-    def last_step_is_complete(self) -> bool:
+    def last_step_is_complete(self, status: RolloutStatus) -> bool:
         """Whether the challenger has gone through every stage and only its outcomes are awaited."""
-        status = self._client.rollout()
         return status.step == len(self._use_case.release.steps) - 1 and "days with matured" in (status.reason or "")
 
     def _tried(self, version: str, failed: int, invalid: int, seconds: float) -> Tried:

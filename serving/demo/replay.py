@@ -19,7 +19,7 @@ import pyarrow as pa
 from cluster.clock import ReplayClock
 from pipelines.samples.faults import event_time, records
 from pipelines.spec import UseCase
-from pipelines.spec.base import microseconds
+from pipelines.spec.base import DAY_US, microseconds
 from serving.client import Client, TidegateError
 from serving.demo.report import StepFailed
 from serving.wire import Prediction
@@ -134,8 +134,8 @@ class Replay:
         contract, target, done = self.use_case.contract, self.use_case.model.target, self.done
         events = [event for event in self._rows(now) if event[contract.entity] not in self.silent]
         broken = []
-        if now // 86_400_000_000 != self._day:
-            self._day = now // 86_400_000_000
+        if now // DAY_US != self._day:
+            self._day = now // DAY_US
             broken = [{**self._moments[now][0], target.field: -1.0}]
         for status in self.client.events(events + broken):
             if status.status == "accepted" and not status.duplicate:
@@ -190,8 +190,7 @@ class Replay:
         done.failed += not answers
         done.predict_ms.append(milliseconds)
         done.predictions += len(answers)
-        low = -np.inf if target.minimum is None else target.minimum
-        high = np.inf if target.maximum is None else target.maximum
+        low, high = target.limits
         for answer in answers:
             done.by_version[answer.model_version] = done.by_version.get(answer.model_version, 0) + 1
             done.invalid += answer.value is None or not low <= answer.value <= high

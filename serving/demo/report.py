@@ -73,6 +73,12 @@ def expect(condition: bool, what: str) -> None:
         raise StepFailed(what)
 
 
+def known(value: Any, what: str) -> Any:
+    """The value; raises ``StepFailed`` when there is none."""
+    expect(value is not None, what)
+    return value
+
+
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"

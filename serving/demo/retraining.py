@@ -10,11 +10,12 @@ from typing import Any
 from cluster.alerts import Alerts
 from cluster.database import Database
 from pipelines.retrain import RetrainReport
+from pipelines.retraining.cycle import CycleReport
 from pipelines.retraining.triggers import ALERT
-from pipelines.spec import UseCase
+from pipelines.spec import DriftRule, RetrainPolicy, UseCase
 from serving.demo.release import Releases
 from serving.demo.replay import Replay
-from serving.demo.report import expect
+from serving.demo.report import expect, known
 from serving.rollout.machine import Kind
 
 GROWTH = 1.6
@@ -32,23 +33,19 @@ def retrain_on_drift(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Lets demand grow until the page's drift window is full, retrains, and follows the rollout to its end."""
-    policy = use_case.retraining
-    expect(policy is not None and policy.drift is not None, "the page watches no drift")
-    assert policy is not None
-    assert policy.drift is not None
+    policy: RetrainPolicy = known(use_case.retraining, "the page has no retraining policy")
+    drift: DriftRule = known(policy.drift, "the page watches no drift")
     district = replay.entities()[-1]
     replay.factors = {district: GROWTH}
     replay.begin()
-    replay.run((policy.drift.days + 1) * 24, say)
+    replay.run((drift.days + 1) * 24, say)
     expect(replay.done.failed == 0, f"{replay.done.failed} requests failed")
-    known = len(database.journal(use_case.name))
+    before = len(database.journal(use_case.name))
     report = retrain()
-    cycle = report.cycle
-    expect(cycle is not None, f"retraining was not triggered: {report.message}")
-    assert cycle is not None
+    cycle: CycleReport = known(report.cycle, f"retraining was not triggered: {report.message}")
     say(f"    {report.message}; {cycle.reason}")
     expect(cycle.requested and cycle.version is not None, f"no release was asked for: {cycle.reason}")
-    told = [entry.kind for entry in database.journal(use_case.name, after=known)]
+    told = [entry.kind for entry in database.journal(use_case.name, after=before)]
     expect(told == _STEPS, f"the journal holds {told}, not {_STEPS}")
     expect(not any(a.name == ALERT for a in alerts.open_alerts()), f"the alert {ALERT} is still open")
     done = releases.drive(str(cycle.version), most=replay.left)

@@ -11,7 +11,6 @@ import numpy as np
 from cluster.alerts import Alerts
 from pipelines.monitoring.sensors import ALERT
 from pipelines.spec import UseCase
-from serving.client import Client
 from serving.demo.replay import Replay
 from serving.demo.report import expect
 from serving.wire import Prediction
@@ -34,7 +33,7 @@ def sensor_offline(use_case: UseCase, replay: Replay, alerts: Alerts, say: Calla
     replay.silent = frozenset()
     after = _answers(replay, district, 4)
     _until(lambda: not _open(alerts, subject), f"the alert {ALERT} for {subject} resolves")
-    refused = _refused(replay.client, use_case, replay)
+    refused = _refused(replay, use_case)
 
     rungs = {name: [a for a in silent if _rung(a) == name] for name in _RUNGS}
     expect(all(a.value is not None for a in silent), "an answer was refused although a normal was known")
@@ -75,10 +74,10 @@ def _counts(rungs: dict[str, list[Prediction]]) -> dict[str, int]:
     return {name: len(found) for name, found in rungs.items()}
 
 
-def _refused(client: Client, use_case: UseCase, replay: Replay) -> list[str]:
+def _refused(replay: Replay, use_case: UseCase) -> list[str]:
     """The reasons for which an entity that nobody has ever heard of gets no answer."""
     instance = {**replay.instance(), use_case.contract.entity: "dma_999"}
-    (answer,) = client.predict([instance])
+    (answer,) = replay.client.predict([instance])
     expect(answer.value is None and answer.interval is None, f"an unknown district was answered: {answer}")
     return answer.degraded
 

@@ -32,6 +32,7 @@ from pipelines.ingest import LoadReport, ingest
 from pipelines.retrain import RetrainReport, retrain
 from pipelines.samples.faults import FaultyFile, event_time, write_faulty_files
 from pipelines.spec import UseCase
+from pipelines.spec.base import DAY_US
 from pipelines.train import TrainReport, train
 from serving.app import deploy
 from serving.auth import owner_key
@@ -82,11 +83,10 @@ class Demo:
         """The last ``replay_days`` are replayed; ``history_days`` before them (all, when None) are history."""
         rows = samples.rows(use_case)
         times = event_time(use_case.contract, rows).to_numpy()
-        day = 86_400_000_000
-        end = (int(times.max()) // day + 1) * day
-        start = end - size.replay_days * day
+        end = (int(times.max()) // DAY_US + 1) * DAY_US
+        start = end - size.replay_days * DAY_US
         if size.history_days is not None:
-            rows = rows.filter(pa.array(times >= start - size.history_days * day))
+            rows = rows.filter(pa.array(times >= start - size.history_days * DAY_US))
         return cls(use_case, settings, say, rows, start, url)
 
     def contract(self) -> dict[str, Any]:

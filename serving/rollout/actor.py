@@ -30,14 +30,15 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.spec import UseCase
-from pipelines.spec.base import microseconds
+from pipelines.spec.base import DAY_US, microseconds
 from pipelines.training.artifact import ArtifactError
 from pipelines.training.registry import Registry, RegistryError
 from pipelines.validation.paired import complete_days, paired_days
-from serving.rollout.controller import Controller, aliases
+from serving.rollout.controller import Controller
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.machine import Phase, State
-from serving.rollout.world import ServeWorld
+from serving.rollout.projections import aliases
+from serving.rollout.serve_world import ServeWorld
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,6 @@ _TURN_S = 0.05
 _LABELS_S = 1.0
 _AFTER_FAILURE_S = 1.0
 _RESTART_S = 30.0
-_DAY_US = 86_400_000_000
-_TRIED = (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
 # What the parts around the controller may fail with for a while.
 _OUTSIDE = (SQLAlchemyError, RayError, RayServeException, OSError)
 
@@ -70,13 +69,9 @@ class RolloutActor:
         """``Controller.exchange``."""
         return self._controller.exchange(*arguments)
 
-    def command(self, name: str, by: str, reason: str) -> dict[str, Any]:
+    def command(self, name: str, by: str, reason: str) -> None:
         """``Controller.command``."""
-        return self._controller.command(name, by, reason)
-
-    def status(self) -> dict[str, Any]:
-        """``Controller.status``."""
-        return self._controller.status()
+        self._controller.command(name, by, reason)
 
     def ping(self) -> None:
         """Answers as soon as the process is there."""
@@ -128,14 +123,14 @@ class RolloutActor:
         while not pause.wait(_LABELS_S):
             situation = self._made.situation if self._made is not None else Situation()
             state, evidence = situation.state, situation.evidence
-            if state.phase not in _TRIED or state.champion is None or state.challenger is None:
+            if not state.tried or state.champion is None or state.challenger is None:
                 continue
             try:
                 labels = situation.policy.labels
                 if labels is None:
                     continue
                 now, grace = parts.clock.now(), microseconds(labels.grace)
-                known = evidence.days[-1].day if evidence.days else evidence.started_us // _DAY_US - 1
+                known = evidence.days[-1].day if evidence.days else evidence.started_us // DAY_US - 1
                 if complete_days(parts.use_case, now, grace) - 1 <= known:
                     continue
                 days = paired_days(

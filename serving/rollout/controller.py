@@ -13,79 +13,29 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
 from cluster.clock import Clock
-from cluster.database import ReleaseRequest, StaleEpoch, StaleJournal
+from cluster.database import StaleEpoch, StaleJournal
 from pipelines.spec import ReleasePolicy, UseCase
 from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Report
 from serving.rollout.journal import Journal, Situation
-from serving.rollout.judge import Action, Verdict, judge, measure
-from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required
-from serving.routing import Challenger, RoutingTable
+from serving.rollout.judge import Action, Verdict, judge
+from serving.rollout.machine import Effect, Kind, NotAllowed, Phase, State, required
+from serving.rollout.projections import alerts, document, finite
+from serving.rollout.world import Standing, World
 
 START_TIMEOUT_S = 180.0
 PROMOTE_TIMEOUT_S = 90.0
 _APPLY_TIMEOUT_S = 15.0
 _LOOK_EVERY_S, _REQUESTS_EVERY_S = 2.0, 0.25
-_TRIED = (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
 
 
 def _salt() -> str:
     return secrets.token_hex(8)
-
-
-class Standing(StrEnum):
-    """Where a challenger's application stands."""
-
-    ABSENT = "absent"
-    STARTING = "starting"
-    RUNNING = "running"
-    FAILED = "failed"
-
-
-class World(Protocol):
-    """What the controller acts on. Nothing here waits for long; every call may be repeated."""
-
-    def table(self) -> RoutingTable | None:
-        """The routing table in force."""
-        ...
-
-    def publish(self, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
-        """Puts a table in force; raises ``StaleEpoch``."""
-        ...
-
-    def deploy(self, version: str) -> None:
-        """Has the challenger's application started."""
-        ...
-
-    def withdraw(self, version: str) -> None:
-        """Has it removed."""
-        ...
-
-    def standing(self, version: str) -> tuple[Standing, str]:
-        """Where it stands, and why."""
-        ...
-
-    def close(self, version: str, outcome: str, request: int | None) -> None:
-        """Writes the outcome into that release request of the version."""
-        ...
-
-    def tell(self, alerts: dict[str, str]) -> None:
-        """Has these alerts open, by name and detail, and no other of the rollout's."""
-        ...
-
-    def next_request(self) -> ReleaseRequest | None:
-        """The oldest release request, claimed."""
-        ...
-
-    def gateways(self) -> list[str]:
-        """The gateways that hold a lease."""
-        ...
 
 
 class Controller:
@@ -151,7 +101,7 @@ class Controller:
             newer = self.table is not None and self.table.epoch > epoch
             return self.table.model_dump(mode="json") if newer and self.table is not None else None
 
-    def command(self, name: str, by: str, reason: str = "") -> dict[str, Any]:
+    def command(self, name: str, by: str, reason: str = "") -> None:
         """An operator's word: pause, resume, approve or abort; raises ``NotAllowed`` when it does not fit."""
         kinds = {"pause": Kind.PAUSED, "resume": Kind.RESUMED, "approve": Kind.APPROVED, "abort": Kind.ABORTED}
         if name not in kinds:
@@ -159,25 +109,20 @@ class Controller:
         with self._lock:
             self._record(kinds[name], {"by": by, "reason": reason})
             self._changed.notify_all()  # the next turn does what follows
-            return self.status()
 
     def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:
         """The complete days of a rollout with matured outcomes; those that are known change nothing."""
         with self._lock:
-            fits = self.state.phase in _TRIED and self.state.rollout == rollout
+            fits = self.state.tried and self.state.rollout == rollout
             later = self.situation.evidence.later(days)
             if fits and later:
                 self._record(Kind.LABELS, {"days": [asdict(day) for day in later]})
                 self._judge()
 
-    def status(self) -> dict[str, Any]:
-        """State, evidence and what the judge says of it."""
-        with self._lock:
-            return describe(self.situation, self._clock.now())
-
     def turn(self) -> None:
         """Makes the world what the state requires, looks at it, and decides."""
         with self._lock:
+            self._refuse_unknown_policy()
             try:
                 self._perform()
             finally:  # an effect that fails must not keep time-outs and verdicts from happening
@@ -205,26 +150,30 @@ class Controller:
         if report.rollout > self.state.rollout:
             self._reread()
             raise StaleJournal(f"gateway {report.gateway} is in rollout {report.rollout}: the journal was read again")
-        if report.rollout < self.state.rollout or self.state.phase not in (*_TRIED, Phase.WITHDRAWING):
+        if report.rollout < self.state.rollout or not (self.state.tried or self.state.phase is Phase.WITHDRAWING):
             return  # counted for a rollout that is over
         if self.situation.evidence.is_next(report):
             self._record(Kind.EVIDENCE, report.model_dump(mode="json"))
             self._judge()
 
     def _judge(self) -> None:
-        if self.state.phase not in _TRIED:
+        if not self.state.tried:
             return
         situation = self.situation
-        try:
-            policy = situation.policy
-        except ValidationError as error:
-            reason = f"the policy it was started with does not fit this code: {error.errors()[0]['msg']}"
-            self._record(Kind.FAILED, {"reason": reason})
-            return
-        verdict = judge(policy, situation.state, situation.evidence, self._clock.now())
+        verdict = judge(situation.policy, situation.state, situation.evidence, self._clock.now())
         if verdict.action is not Action.HOLD:
             self._record(_DECIDED[verdict.action], _payload(verdict, situation))
             self._route()
+
+    def _refuse_unknown_policy(self) -> None:
+        """Ends a trial whose policy, journalled by other code, is none to this code."""
+        if not self.state.tried:
+            return
+        try:
+            _ = self.situation.policy
+        except ValidationError as error:
+            reason = f"the policy it was started with does not fit this code: {error.errors()[0]['msg']}"
+            self._record(Kind.FAILED, {"reason": reason})
 
     def _perform(self) -> None:
         state = self.state
@@ -386,88 +335,4 @@ def _payload(verdict: Verdict, situation: Situation) -> dict[str, Any]:
         "served": evidence.served,
         "harmed": evidence.harmed,
         "days": len(evidence.days),
-    }
-
-
-def finite(figures: dict[str, float]) -> dict[str, float | None]:
-    """Figures as JSON takes them: an infinite one as None."""
-    return {name: figure if abs(figure) < float("inf") else None for name, figure in figures.items()}
-
-
-def describe(situation: Situation, now_us: int) -> dict[str, Any]:
-    """A situation for people: where the rollout stands, its evidence, and what the judge says now."""
-    state, evidence = situation.state, situation.evidence
-    said: dict[str, Any] = {}
-    if state.phase in _TRIED:
-        verdict = judge(situation.policy, state, evidence, now_us)
-        said = {"verdict": verdict.action, "reason": verdict.reason}
-    policy = situation.policy if situation.fields else ReleasePolicy()
-    log_e, threshold = measure(policy, evidence)
-    return {
-        "phase": state.phase,
-        "champion": state.champion,
-        "previous": state.previous,
-        "challenger": state.challenger,
-        "rollout": state.rollout,
-        "step": state.step,
-        "weight": state.weight,
-        "paused": state.paused,
-        "outcome": state.outcome,
-        "ended": state.ended,
-        "evidence": {
-            "challenger_requests": evidence.challenger_requests(),
-            "served": evidence.served,
-            "harmed": evidence.harmed,
-            "copies": evidence.copies,
-            "disagreed": evidence.disagreed,
-            "days": len(evidence.days),
-            "log_e": finite(log_e),
-            "threshold": finite(threshold),
-        },
-        **said,
-    }
-
-
-def aliases(state: State) -> dict[str, str]:
-    """The versions by the names under which the registry shows them."""
-    named = {"champion": state.champion, "challenger": state.challenger, "previous": state.previous}
-    return {name: version for name, version in named.items() if version is not None}
-
-
-def alerts(state: State) -> dict[str, str]:
-    """The alerts that belong to a state, by name and detail."""
-    if state.paused:
-        return {"rollout_paused": f"the rollout of version {state.challenger} waits for somebody to look at it"}
-    if state.outcome in (Outcome.ROLLED_BACK, Outcome.INCONCLUSIVE):
-        return {f"rollout_{state.outcome}": f"version {state.ended}; the journal says why"}
-    return {}
-
-
-ALERTS = ("rollout_paused", "rollout_rolled_back", "rollout_inconclusive")
-
-
-def document(situation: Situation) -> dict[str, Any] | None:
-    """The fields of the routing table that the situation calls for; None before the first champion."""
-    state = situation.state
-    if state.champion is None:
-        return None
-    challenger = None
-    if state.shadowed and state.challenger is not None:
-        policy = situation.policy
-        challenger = Challenger(
-            version=state.challenger,
-            rollout=state.rollout,
-            salt=state.salt,
-            weight=state.weight,
-            shadow=policy.shadow.share,
-            deadline_ms=policy.deadline_ms,
-            slow_factor=policy.slow_factor,
-            slow_floor_ms=policy.slow_floor_ms,
-            harm_cap=policy.harm_cap,
-        ).model_dump(mode="json")
-    return {
-        "champion": state.champion,
-        "previous": state.previous,
-        "prepare": state.challenger if state.phase is Phase.PROMOTING else None,
-        "challenger": challenger,
     }

@@ -96,8 +96,8 @@ class State:
         return self.weights[self.step] if self.phase in (Phase.CANARY, Phase.PROMOTING) and self.step >= 0 else 0.0
 
     @property
-    def shadowed(self) -> bool:
-        """Whether the challenger gets copies."""
+    def tried(self) -> bool:
+        """Whether the challenger is being tried: it gets copies, and what becomes of them is evidence."""
         return self.phase in (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
 
     @property

@@ -16,9 +16,9 @@ from pipelines.training.registry import Registry
 from serving import releases
 from serving.problems import Problem
 from serving.rollout import actor
-from serving.rollout.controller import describe
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.machine import NotAllowed
+from serving.rollout.projections import describe
 
 _CALL_S = 10.0
 

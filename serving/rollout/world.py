@@ -1,85 +1,58 @@
-"""The world that the rollout controller acts on: database, alerts and Serve applications."""
+"""What the rollout controller acts on, as it sees it. ``serving.rollout.serve_world`` is the real one."""
 
 from __future__ import annotations
 
-import os
-import socket
-from typing import Any
+from enum import StrEnum
+from typing import Any, Protocol
 
-from ray.serve.schema import ApplicationStatus
-
-from cluster.alerts import Alerts
-from cluster.clock import SystemClock
-from cluster.database import Database, ReleaseRequest
-from pipelines.spec import UseCase
-from serving import routing
-from serving.challenger import Applications
-from serving.rollout.controller import ALERTS, Standing
+from cluster.database import ReleaseRequest
 from serving.routing import RoutingTable
 
-_CLAIM_S = 30.0
-_STANDING = {
-    ApplicationStatus.RUNNING: Standing.RUNNING,
-    ApplicationStatus.DEPLOY_FAILED: Standing.FAILED,
-    ApplicationStatus.UNHEALTHY: Standing.FAILED,
-}
+
+class Standing(StrEnum):
+    """Where a challenger's application stands."""
+
+    ABSENT = "absent"
+    STARTING = "starting"
+    RUNNING = "running"
+    FAILED = "failed"
 
 
-class ServeWorld:
-    """The real one."""
-
-    def __init__(self, use_case: UseCase, database: Database, alerts: Alerts) -> None:
-        self._usecase = use_case.name
-        self._database = database
-        self._alerts = alerts
-        self._applications = Applications(use_case.name)
-        self._holder = f"{socket.gethostname()}:{os.getpid()}"
+class World(Protocol):
+    """What the controller acts on. Nothing here waits for long; every call may be repeated."""
 
     def table(self) -> RoutingTable | None:
         """The routing table in force."""
-        return routing.read(self._database, self._usecase)
+        ...
 
     def publish(self, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
         """Puts a table in force; raises ``StaleEpoch``."""
-        return routing.publish(self._database, self._usecase, expected, document)
+        ...
 
     def deploy(self, version: str) -> None:
         """Has the challenger's application started."""
-        self._applications.deploy(version)
+        ...
 
     def withdraw(self, version: str) -> None:
         """Has it removed."""
-        self._applications.withdraw(version)
+        ...
 
     def standing(self, version: str) -> tuple[Standing, str]:
         """Where it stands, and why."""
-        status, message = self._applications.status(version)
-        if status is None:
-            return Standing.ABSENT, message
-        return _STANDING.get(status, Standing.STARTING), message
+        ...
 
     def close(self, version: str, outcome: str, request: int | None) -> None:
-        """Writes the outcome into that release request; a champion that was taken over has none."""
-        if request is not None:
-            self._database.finish_release(self._usecase, version, outcome, request)
+        """Writes the outcome into that release request of the version."""
+        ...
 
     def tell(self, alerts: dict[str, str]) -> None:
-        """Has these alerts open, and no other of the rollout's."""
-        for name in ALERTS:
-            if name in alerts:
-                self._alerts.open(name, self._usecase, alerts[name])
-            else:
-                self._alerts.resolve(name, self._usecase, "the release has moved on")
+        """Has these alerts open, by name and detail, and no other of the rollout's."""
+        ...
 
     def next_request(self) -> ReleaseRequest | None:
-        """The oldest release request, claimed; claims end in real time, for they guard against dead processes."""
-        return self._database.claim_release(self._usecase, self._holder, _CLAIM_S, SystemClock().now())
+        """The oldest release request, claimed."""
+        ...
 
     def gateways(self) -> list[str]:
         """The gateways that hold a lease."""
-        return self._database.live_leases(gateway_lease(self._usecase, ""), SystemClock().now())
-
-
-def gateway_lease(usecase: str, gateway: str) -> str:
-    """The name of a gateway's lease."""
-    return f"gateway/{usecase}/{gateway}"
+        ...

@@ -87,7 +87,7 @@ def _two_results(flow_mean_1m):
 )  # fmt: skip
 def test_a_function_that_is_not_elementwise_over_columns_is_refused(function) -> None:
     with pytest.raises(DerivedError, match="made"):
-        derived.check_elementwise(view(function))
+        derived.traces(view(function))
 
 
 def test_a_derived_feature_may_use_earlier_ones_but_not_later_ones() -> None:
@@ -95,9 +95,9 @@ def test_a_derived_feature_may_use_earlier_ones_but_not_later_ones() -> None:
         return made * 2
 
     pair = (Derived(name="made", function=ratio), Derived(name="twice", function=twice))
-    derived.check_elementwise(VIEW.model_copy(update={"derived": pair}))
+    derived.traces(VIEW.model_copy(update={"derived": pair}))
     with pytest.raises(DerivedError, match="made"):
-        derived.check_elementwise(VIEW.model_copy(update={"derived": pair[::-1]}))
+        derived.traces(VIEW.model_copy(update={"derived": pair[::-1]}))
 
 
 def test_names_and_comments_do_not_change_the_fingerprint_but_constants_do() -> None:

@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pytest
 
 from pipelines import samples, usecases
-from pipelines.monitoring.drift import DAY_US, Drift, Rows, judge_drift
+from pipelines.monitoring.drift import Drift, Rows, SeriesDrift, judge_drift
 from pipelines.spec import DriftRule
+from pipelines.spec.base import DAY_US
 
 RULE = DriftRule(columns=("temperature", "inflow"))
 ZONE = "Europe/Rome"
@@ -101,7 +102,7 @@ def waves(days: int, shift: float = 0.0, since: int = 10**9, seed: int = 0, enti
     return Rows(hour.astype(np.int64) * 3_600_000_000, who, {"x": value})
 
 
-def only(drift: Drift, entity: str | None = "s0") -> object:
+def only(drift: Drift, entity: str | None = "s0") -> SeriesDrift:
     (found,) = (one for one in drift.series if one.entity == entity)
     return found
 
@@ -113,8 +114,8 @@ def test_a_shift_is_measured_in_deviations_with_its_sign() -> None:
     assert judge_drift(rule, past, quiet, now_us=200 * DAY_US).finding == "holds"
     found = judge_drift(rule, past, moved, now_us=200 * DAY_US)
     assert found.finding == "drifted"
-    assert -6 < only(found).effect < -2.5  # type: ignore[attr-defined]
-    assert only(found).usual < 1.2  # type: ignore[attr-defined]
+    assert -6 < only(found).effect < -2.5
+    assert only(found).usual < 1.2
 
 
 def test_a_reference_that_reaches_into_the_window_does_not_hide_the_shift() -> None:
@@ -136,22 +137,22 @@ def test_many_who_ask_in_one_hour_weigh_no_more_than_one() -> None:
     )
     past = Rows(rows.time_us[: 24 * 190], rows.entity[: 24 * 190], {"x": rows.columns["x"][: 24 * 190]})
     one, many = (judge_drift(rule, past, window, now_us=200 * DAY_US) for window in (rows, busy))
-    assert only(one).effect == only(many).effect  # type: ignore[attr-defined]
+    assert only(one).effect == only(many).effect
 
 
 def test_little_evidence_is_inconclusive() -> None:
     rows = waves(200)
     short = judge_drift(DriftRule(columns=("x",)), waves(60), rows, now_us=200 * DAY_US)
     assert short.finding == "inconclusive"
-    assert "past windows" in only(short).reason  # type: ignore[attr-defined]
+    assert "past windows" in only(short).reason
     silent = judge_drift(DriftRule(columns=("x",)), rows, rows, now_us=230 * DAY_US)
     assert silent.finding == "inconclusive"
-    assert "0 values in the window" in only(silent).reason  # type: ignore[attr-defined]
-    assert math.isnan(only(silent).effect)  # type: ignore[attr-defined]
+    assert "0 values in the window" in only(silent).reason
+    assert math.isnan(only(silent).effect)
     nothing = Rows(rows.time_us[:0], rows.entity[:0], {"x": rows.columns["x"][:0]})
     assert judge_drift(DriftRule(columns=("x",)), nothing, rows, now_us=200 * DAY_US).finding == "inconclusive"
     pooled = judge_drift(DriftRule(columns=("x",), by_entity=False), rows, rows, now_us=200 * DAY_US)
-    assert only(pooled, None).entity is None  # type: ignore[attr-defined]
+    assert only(pooled, None).entity is None
 
 
 @pytest.mark.parametrize("days", [3, 7])

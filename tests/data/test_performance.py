@@ -14,11 +14,9 @@ from pipelines.features.served import OUTCOME_SCHEMA, SERVED_SCHEMA
 from pipelines.monitoring.performance import (
     DAY_US,
     Answers,
-    Day,
     Decay,
     Reference,
     champion_answers,
-    daily,
     judge_decay,
 )
 from pipelines.spec import DecayRule
@@ -51,7 +49,7 @@ def answers(errors: np.ndarray, *, last_day: int = 999, per_day: int = 24, entit
     entities = np.array([entity] * n, dtype=object) if isinstance(entity, str) else entity
     versions = np.array(["3"] * n, dtype=object)
     actual = np.full(n, 10.0)
-    return Answers(time, entities, versions, actual + errors, actual - 1, actual + 1, actual)  # type: ignore[arg-type]
+    return Answers(time, entities, versions, actual + errors, actual - 1, actual + 1, actual)
 
 
 def judge(given: Answers, rule: DecayRule = RULE, now_us: int = NOW, version: str = "3") -> Decay:
@@ -86,21 +84,6 @@ def test_answers_meet_their_latest_outcome_and_only_the_champions_count() -> Non
     assert found.time_us.tolist() == [day, day + 1, day + 2, day + 9]
     assert found.actual[[0, 1, 3]].tolist() == [1.5, 1.0, 7.0]
     assert found.matured.tolist() == [True, False, False, True]
-    assert daily(found) == (Day(5, "3", 4, 2, 2.25, 0.5),)
-
-
-def test_versions_and_days_are_kept_apart_and_no_outcome_is_no_zero() -> None:
-    predictions = served(
-        {"prediction_id": "x", "_time": DAY_US - 1, "value": 1.0, "lower": 0.0, "upper": 2.0},
-        {"prediction_id": "y", "_time": DAY_US, "value": 1.0, "lower": 0.0, "upper": 2.0, "model_version": "2"},
-        {"prediction_id": "z", "_time": DAY_US, "value": 1.0, "lower": 0.0, "upper": 2.0},
-    )
-    first, second, third = daily(champion_answers(predictions, reported(("x", 2.0, 1), ("y", 4.0, 2)), 10))
-    assert (first.day, first.version, first.mae) == (0, "3", 1.0)
-    assert (second.day, second.version, second.mae, second.coverage) == (1, "2", 3.0, 0.0)
-    assert (third.matured, math.isnan(third.mae), math.isnan(third.coverage)) == (0, True, True)
-    assert daily(champion_answers(predictions, reported(), 10))[0].matured == 0
-    assert daily(champion_answers(predictions.slice(0, 0), reported(), 10)) == ()
 
 
 def test_errors_well_above_the_promise_are_decay_with_their_numbers() -> None:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from cluster.database import Database, ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines import usecases
 from pipelines.validation.paired import PairedDay
-from serving.rollout.controller import Controller, Standing, aliases
+from serving.rollout.controller import Controller
 from serving.rollout.journal import Journal, replay
 from serving.rollout.judge import judge
 from serving.rollout.machine import Kind, NotAllowed, Phase
+from serving.rollout.projections import aliases
+from serving.rollout.world import Standing
 from serving.routing import RoutingTable
 
 USE_CASE = usecases.load("aqua")
@@ -153,7 +155,7 @@ class Play:
     def report(self, **counters: Any) -> None:
         """What the gateway sends, again and again until it is acknowledged; nothing without a challenger."""
         rollout = self.controller.state.rollout
-        if not self.controller.state.shadowed:
+        if not self.controller.state.tried:
             return
         self.sent[rollout] = self.sent.get(rollout, 0) + 1
         report = {"gateway": GATEWAY, "sequence": self.sent[rollout], "rollout": rollout, **counters}

@@ -94,7 +94,7 @@ def test_the_weight_is_that_of_the_step_and_nothing_before_and_after():
     assert [s.weight for s in (IDLE, STARTING, SHADOW, CANARY, LAST, PROMOTING, WITHDRAWING)] == [
         0.0, 0.0, 0.0, 0.1, 0.5, 0.5, 0.0,
     ]  # fmt: skip
-    assert [s.shadowed for s in (STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING)] == [False, True, True, True, False]
+    assert [s.tried for s in (STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING)] == [False, True, True, True, False]
 
 
 def test_a_second_rollout_knows_nothing_of_the_first_but_its_number():

@@ -13,7 +13,7 @@ from serving.answers import Other, Prepared
 from serving.challenger import Reply
 from serving.fallback import Filled
 from serving.routing import Challenger, place
-from serving.trial import Tally, Trial
+from serving.trial import Asked, Tally, Trial
 
 SLOW_S = 0.001
 
@@ -93,6 +93,11 @@ def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
     return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1"), tally
 
 
+def asked(count: int, **changes: Any) -> Asked:
+    given = {"key": "k", "counted": True, "champion": champion(count), "champion_s": 0.0001, **changes}
+    return Asked(prepared=prepared(count), **given)
+
+
 # A key whose first instance is the challenger's at half of the traffic.
 KEY = next(key for key in map(str, range(100)) if place(f"{key}/0", "aqua/1") < 0.5)
 
@@ -101,7 +106,7 @@ def request(one: Trial, count: int, key: str = KEY) -> Any:
     weight = one.weight
     assigned = one.assign(key, count, weight)
     assert assigned.any()
-    return assigned, asyncio.run(one.choose(True, prepared(count), champion(count), 0.0001, assigned, weight))
+    return assigned, asyncio.run(one.choose(asked(count), assigned, weight))
 
 
 @pytest.mark.parametrize("ask", [errs, hangs, nan, outside, inverted, another_shape, no_reply, text])
@@ -160,7 +165,7 @@ def test_a_slow_call_is_counted_for_the_version_whose_first_instance_it_was():
     assert report.slow == {1.0: (1, 0)}
     tally.acknowledged()
     one.follow(challenger(weight=1e-9))
-    one.count_champion(True, prepared(1), champion(1), 0.01, one.weight)
+    one.count_champion(asked(1, champion_s=0.01), one.weight)
     again = tally.report()
     assert again is not None
     assert again.slow == {1e-9: (0, 1)}
@@ -180,11 +185,10 @@ def test_after_the_cap_of_harmed_requests_the_challenger_is_asked_no_more():
 
 def test_what_the_ladder_refuses_no_challenger_answers():
     one, tally = trial(good, weight=1.0)
-    asked = prepared(2)
-    asked.usable[0] = False
-    refused = champion(2)
-    refused.value[0] = np.nan
-    chosen = asyncio.run(one.choose(True, asked, refused, 0.0, np.ones(2, dtype=bool), 1.0))
+    this = asked(2)
+    this.prepared.usable[0] = False
+    this.champion.value[0] = np.nan
+    chosen = asyncio.run(one.choose(this, np.ones(2, dtype=bool), 1.0))
     np.testing.assert_array_equal(chosen.prediction.value, [np.nan, 11.0])
     assert chosen.taken.tolist() == [False, True]
     report = tally.report()
@@ -204,7 +208,7 @@ def test_a_cancelled_reply_is_the_challengers_failure_and_a_caller_who_leaves_is
 
     async def leave():
         two, _ = trial(hangs, weight=1.0, deadline_ms=4000.0)
-        task = asyncio.ensure_future(two.choose(True, prepared(1), champion(1), 0.0, np.ones(1, dtype=bool), 1.0))
+        task = asyncio.ensure_future(two.choose(asked(1), np.ones(1, dtype=bool), 1.0))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -219,7 +223,7 @@ def test_a_repeated_request_gets_the_same_version_and_is_no_evidence_twice():
     assert assigned.tolist() == one.assign("again", 30, 0.5).tolist()
     assert one.first_seen("again")
     assert not one.first_seen("again")
-    asyncio.run(one.choose(False, prepared(30), champion(30), 0.0, assigned, 0.5))
+    asyncio.run(one.choose(asked(30, counted=False), assigned, 0.5))
     report = tally.report()
     assert report is not None
     assert report.exposed == {}
@@ -233,7 +237,7 @@ def test_copies_have_no_effect_on_callers_and_are_compared():
 
         async def run(one=one, seen=seen):
             assert one.copies("k")
-            one.copy("k", True, prepared(2), champion(2), 0.0001, seen.append)
+            one.copy(asked(2), seen.append)
             await asyncio.sleep(0.02)
 
         asyncio.run(run())
@@ -251,7 +255,7 @@ def test_in_shadow_a_coin_says_whose_answer_counts_and_both_fail_alike():
 
     async def run():
         for number in range(400):
-            one.copy(f"k{number}", True, prepared(1), both_fail, 0.0001, lambda *_: None)
+            one.copy(asked(1, key=f"k{number}", champion=both_fail), lambda *_: None)
             await asyncio.sleep(0)
         await asyncio.sleep(0.05)
 
@@ -268,7 +272,7 @@ def test_copies_left_unanswered_count_towards_the_cap_and_not_as_errors():
 
     async def run():
         for number in range(6):
-            one.copy(f"k{number}", True, prepared(1), champion(1), 0.0001, lambda *_: None)
+            one.copy(asked(1, key=f"k{number}"), lambda *_: None)
         await asyncio.sleep(0.05)
 
     asyncio.run(run())
@@ -282,7 +286,7 @@ def test_a_champion_that_has_no_answer_is_not_disagreed_with():
     one, tally = trial(good, weight=0.0)
 
     async def run():
-        one.copy("k", True, prepared(1), nothing, 0.0001, lambda *_: None)
+        one.copy(asked(1, champion=nothing), lambda *_: None)
         await asyncio.sleep(0.01)
 
     asyncio.run(run())
@@ -298,7 +302,7 @@ def test_an_answer_outside_the_champions_interval_disagrees():
     one, tally = trial(far, weight=0.0)
 
     async def run():
-        one.copy("k", True, prepared(1), champion(1), 0.0001, lambda *_: None)
+        one.copy(asked(1), lambda *_: None)
         await asyncio.sleep(0.01)
 
     asyncio.run(run())

@@ -110,4 +110,4 @@ def test_every_ray_command_reads_the_flags_first(config, kind):
 
 
 def test_every_node_gets_the_token(config):
-    assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

@@ -127,6 +127,15 @@ def test_a_second_up_for_one_home_is_refused(cluster):
         session.up(cluster)
 
 
+def test_calls_that_find_no_replica_go_to_no_other_cluster_of_this_machine(cluster):
+    running = session.current(cluster)
+    assert running is not None
+    assert running.fallback_port != 8500
+    holder = processes.listener(running.fallback_port)
+    assert holder is not None
+    assert holder.pid in processes.session_pids(running.environment_marker)
+
+
 def test_the_token_of_ray_can_be_read_by_its_owner_alone(cluster):
     path = Path(session.job_environment(cluster)["RAY_AUTH_TOKEN_PATH"])
     assert path.stat().st_mode & 0o077 == 0

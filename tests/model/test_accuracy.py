@@ -59,7 +59,7 @@ def test_the_baseline_against_itself_does_not_pass(trained: Trained) -> None:
     gates = tuple(gate.model_copy(update={"max_ratio": 0.99}) for gate in trained.use_case.gates)
     strict = trained.use_case.model_copy(update={"gates": gates})
     assert validate(strict, trained.runner, trained.parts.test).passed
-    assert not validate(strict, Baseline(), trained.parts.test).passed  # type: ignore[arg-type]
+    assert not validate(strict, Baseline(), trained.parts.test).passed
 
 
 def test_no_district_is_served_worse_than_by_last_week(trained: Trained) -> None:

@@ -30,7 +30,7 @@ START = int(datetime(2022, 3, 26, tzinfo=UTC).timestamp()) * 1_000_000  # the ni
 
 def policy(rows: int = 2, slots: tuple[str, ...] = ("hour", "weekend", "month")) -> Fallback:
     day = timedelta(days=1)
-    return Fallback(hold=day, silence=day, zone=ZONE, slots=slots, rows=rows)  # type: ignore[arg-type]
+    return Fallback(hold=day, silence=day, zone=ZONE, slots=slots, rows=rows)
 
 
 def frame(times: list[int], entities: list[str], values: list[list[float]]) -> Frame:

@@ -41,11 +41,11 @@ def main(home: str, source: str, point: str) -> None:
     if point == "staged":
         enforce.settle = kill
     if point == "settled":
-        Tables.commit = commit_unless("/events")  # type: ignore[method-assign]
+        Tables.commit = commit_unless("/events")
     if point in ("between", "undecided"):
-        Tables.commit = commit_unless("/quarantine")  # type: ignore[method-assign]
+        Tables.commit = commit_unless("/quarantine")
     if point == "committed":
-        Database.finish_load = kill  # type: ignore[method-assign]
+        Database.finish_load = kill
     loads.world(Path(home)).load([source], load_id="one")
 
 

@@ -20,6 +20,7 @@ from cluster.clock import SystemClock
 from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
+from cluster.triggers import Triggers
 from pipelines.contracts import leases
 from pipelines.retraining import cycle
 from pipelines.retraining.cycle import CycleReport
@@ -78,7 +79,7 @@ class World:
                 database=self.database,
                 settings=self.settings,
                 clock=SystemClock(),
-                registry=self,  # type: ignore[arg-type]
+                registry=self,
                 after=after,
             )
 
@@ -93,7 +94,7 @@ class World:
         version = str(len(self.made()) + 1)
         with self.versions.open("a") as file:
             file.write(f"{version}\n")
-        requested = self.passes and self.database.request_release_for(trigger, case.name, version, {}, 1)
+        requested = self.passes and Triggers(self.database).request_release(trigger, version, {}, 1)
         return _Anything(version=version, requested=requested)
 
 

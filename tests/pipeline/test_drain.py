@@ -155,7 +155,7 @@ def test_only_the_holder_of_the_lease_drains(here: World, log: DurableLog) -> No
     assert leases.try_events(here.database, USE_CASE, "a load")
     assert drain_once(*arguments, "me") is None
     assert log.pending("events") == 10
-    leases.release_events(here.database, USE_CASE, "a load")
+    here.database.release_lease(f"drain/{USE_CASE.name}", "a load")
     drained = drain_once(*arguments, "me")
     assert drained is not None
     assert drained.rows == {"events": 10}

@@ -47,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(case, settings, tables, snapshot, split(load(case, tables, snapshot), case.model))
 
 
-def load(case: UseCase, tables: Tables, snapshot: Snapshot):  # type: ignore[no-untyped-def]
+def load(case: UseCase, tables: Tables, snapshot: Snapshot):
     return load_examples(
         case,
         tables,

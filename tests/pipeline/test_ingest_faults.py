@@ -131,7 +131,7 @@ def test_a_lease_that_another_took_lets_nothing_be_committed(home: Path) -> None
     here = world(home)
     with leases.events_lease(here.database, USE_CASE, "me") as still_held:
         still_held()
-        leases.release_events(here.database, USE_CASE, "me")
+        here.database.release_lease(f"drain/{USE_CASE.name}", "me")
         assert leases.try_events(here.database, USE_CASE, "other")
         with pytest.raises(leases.LeaseLost, match="run it again"):
             still_held()

@@ -45,7 +45,7 @@ def write(log: DurableLog, records: list[dict[str, object]], now: int) -> None:
 
 def bulk(records: list[dict[str, object]], sequences: list[int] | None = None) -> pa.Table:
     blobs = [encode_event(CONTRACT, r) for r in records]
-    known = [int(r["at"].timestamp() * 1_000_000) for r in records]  # type: ignore[attr-defined]
+    known = [int(r["at"].timestamp() * 1_000_000) for r in records]
     return decode_events(CONTRACT, blobs, known, sequences or [0] * len(records), load_id="bulk", buckets=4)
 
 
@@ -53,9 +53,9 @@ def oracle(records: list[tuple[dict[str, object], int]], meter: str, now: int) -
     events = []
     for row, known_at in records:
         if row["meter"] == meter:
-            at = int(row["at"].timestamp() * 1_000_000)  # type: ignore[attr-defined]
+            at = int(row["at"].timestamp() * 1_000_000)
             order = int(event_order([f"{meter}|{at}"])[0])
-            events.append(Event(at, order, known_at, row))  # type: ignore[arg-type]
+            events.append(Event(at, order, known_at, row))
     return np.array([value for value, _ in features(VIEW, CONTRACT, events, now)])
 
 
@@ -118,7 +118,7 @@ def test_materialized_state_is_table_rows_and_the_log_after_them(log: DurableLog
     drained = bulk(later[:1], sequences=[1])
     generation = online.materialize(pa.concat_tables([bulk(history), drained]), 17, log)
     assert (generation, online.generation(generation), online.applied()) == (1, 17, 2)
-    told = [(row, int(row["at"].timestamp() * 1_000_000)) for row in history] + [(row, now) for row in later]  # type: ignore[attr-defined]
+    told = [(row, int(row["at"].timestamp() * 1_000_000)) for row in history] + [(row, now) for row in later]
     read = online.bind().read(["a", "b"], now)
     assert same_bits(read.values[0], oracle(told, "a", now))
     assert same_bits(read.values[1], oracle(told, "b", now))

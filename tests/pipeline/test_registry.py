@@ -44,7 +44,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def register(registry: Registry, directory: Path, passed: bool = True):  # type: ignore[no-untyped-def]
+def register(registry: Registry, directory: Path, passed: bool = True):
     return registry.register(
         directory,
         gates={"passed": passed},

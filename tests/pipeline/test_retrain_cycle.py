@@ -21,6 +21,7 @@ from cluster.clock import ReplayClock, SystemClock
 from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
+from cluster.triggers import Triggers
 from pipelines import retrain as job
 from pipelines.contracts.events import BUCKET, INSTANT, events_schema
 from pipelines.features.offline import backfill, events_table
@@ -64,7 +65,7 @@ def opened(world: World) -> int:
     return made.id
 
 
-def kill_after(step: str):  # type: ignore[no-untyped-def]
+def kill_after(step: str):
     def hook(done: str) -> None:
         if done == step:
             raise Killed
@@ -73,7 +74,7 @@ def kill_after(step: str):  # type: ignore[no-untyped-def]
 
 
 def ended_once(world: World, trigger: int) -> None:
-    (kept,) = world.database.triggers("aqua")
+    (kept,) = Triggers(world.database).all("aqua")
     assert (kept.id, kept.status) == (trigger, "done")
     assert world.database.open_releases("aqua") == [kept.outcome["version"]]
     entries = world.database.journal("aqua")
@@ -126,7 +127,7 @@ def test_a_version_lost_before_its_request_is_made_again_and_one_is_asked_for(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.database, "request_release_for", die)
+        patch.setattr(Triggers, "request_release", die)
         with pytest.raises(Killed):
             world.run()
     report = world.run()
@@ -200,9 +201,9 @@ def test_a_use_case_without_a_policy_is_told_so(world: World) -> None:
     case = demand.use_case().model_copy(update={"retraining": None})
     parts = {"tables": Tables(world.settings.tables_url), "database": world.database, "settings": world.settings}
     with pytest.raises(ValueError, match="no retraining policy"):
-        cycle.run(case, clock=CLOCK, **parts)  # type: ignore[arg-type]
+        cycle.run(case, clock=CLOCK, **parts)
     with pytest.raises(ValueError, match="no retraining policy"):
-        retrain(case, clock=CLOCK, **parts)  # type: ignore[arg-type]
+        retrain(case, clock=CLOCK, **parts)
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def real(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             settings=settings,
             clock=CLOCK,
             registry=registry,
-            after=after,  # type: ignore[arg-type]
+            after=after,
         )
 
     with pytest.raises(Killed):
@@ -344,7 +345,7 @@ def test_the_job_sees_decay_in_the_tables_and_opens_its_trigger_there(
 
     def at(moment_us: int, **options: object) -> RetrainReport:
         clock.set(moment_us)
-        return retrain(case, clock=clock, **parts, **options)  # type: ignore[arg-type]
+        return retrain(case, clock=clock, **parts, **options)
 
     first = at(real.end_us)
     assert "no champion yet" in first.message
@@ -371,13 +372,13 @@ def test_the_job_sees_decay_in_the_tables_and_opens_its_trigger_there(
     assert "temperature of dma_2" in bad.seen[1].reason
     assert bad.seen[1].evidence["drifted"] == 1
     assert exit_code(bad, check=True) == job.DUE
-    assert database.triggers("aqua") == []
+    assert Triggers(database).all("aqua") == []
     aged = job.observe(case, real.report.version or "", tables=real.tables, registry=real.registry, now_us=now)
     assert aged.newest_us == real.end_us
 
     monkeypatch.setattr(job, "run", lambda *_, **__: None)  # the cycle itself is tested above
     acted = at(now)
-    (trigger,) = database.triggers("aqua")
+    (trigger,) = Triggers(database).all("aqua")
     assert (trigger.kind, trigger.opened_us, acted.trigger) == ("decay", now, trigger.id)
     assert 1.6 < trigger.evidence["ratio"] < 2.4
     assert "another process's hands" in acted.message
@@ -388,7 +389,7 @@ def test_the_job_sees_decay_in_the_tables_and_opens_its_trigger_there(
     monkeypatch.setattr(job, "Database", lambda _: database)
     monkeypatch.setattr(job, "open_clock", lambda _: clock)
     monkeypatch.setenv("TIDEGATE_HOME", str(real.settings.home))
-    database.finish_trigger(trigger.id, "done", {}, now)
+    Triggers(database).finish(trigger.id, "done", {}, now)
     database.request_release("aqua", "99", {}, now)
     assert job.main(["aqua", "--check"]) == job.DUE
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["champion"] == real.report.version

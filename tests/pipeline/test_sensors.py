@@ -268,7 +268,7 @@ def test_a_simulated_silence_is_what_state_gives_when_events_stop() -> None:
         for i in range(40)
         for meter in ("a", "b")
     ]
-    told = [(row, int(row["at"].timestamp() * 1_000_000)) for row in rows]  # type: ignore[attr-defined]
+    told = [(row, int(row["at"].timestamp() * 1_000_000)) for row in rows]
     moments = np.array([BASE + int(t) * SECOND for t in rng.integers(300, 900, 12)], np.int64)
     entities = np.array(["b", "a", "nobody"] * 4, dtype=object)
     moments[:2] = told[1][1] + 200 * SECOND, told[2][1] + 45 * SECOND  # to the microsecond a silence after an event

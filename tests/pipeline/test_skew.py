@@ -79,10 +79,10 @@ class Plant:
         """Answers ``row`` again with a normal in the place of ``feature``, as the gateway does and logs it."""
         told = self.served[row]
         place = VIEW.stored.index(feature)
-        stored, status = list(told["stored"]), list(told["status"])  # type: ignore[call-overload]
+        stored, status = list(told["stored"]), list(told["status"])
         stored[place], status[place] = value, int(Status.IMPUTED)
         given = np.array([[np.nan if v is None else v for v in stored]])
-        inputs = {"level": [orjson.loads(told["inputs"])["level"]]}  # type: ignore[arg-type]
+        inputs = {"level": [orjson.loads(told["inputs"])["level"]]}
         columns = derived.columns(CASE.view, given, inputs, np.array([told["_time"]], np.int64))
         numeric = [float(columns[name][0]) for name in CASE.model.numeric]
         changed = {**told, "stored": stored, "status": status, "numeric": numeric}
@@ -147,10 +147,10 @@ def test_one_changed_bit_is_found_and_named(plant: Plant) -> None:
     plant.drain(plant.log.last("events"))
     mean = VIEW.stored.index("flow_mean_5m")
     victim = plant.served[90]
-    stored = list(victim["stored"])  # type: ignore[call-overload]
+    stored = list(victim["stored"])
     stored[mean] = float(np.nextafter(stored[mean], 1e9))
     victim["stored"] = stored
-    plant.served[30]["numeric"] = [1.0, *plant.served[30]["numeric"][1:]]  # type: ignore[index]
+    plant.served[30]["numeric"] = [1.0, *plant.served[30]["numeric"][1:]]
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
     assert report.mismatched == 2
     assert report.by_feature == {"flow_mean_5m": 1, "scaled": 1}
@@ -162,7 +162,7 @@ def test_a_value_that_should_be_missing_is_a_mismatch(plant: Plant) -> None:
     plant.drain(plant.log.last("events"))
     unknown = plant.served[2]
     assert unknown["entity"] == "unknown"
-    stored = list(unknown["stored"])  # type: ignore[call-overload]
+    stored = list(unknown["stored"])
     stored[VIEW.stored.index("flow_mean_1m")] = 0.0
     unknown["stored"] = stored
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
@@ -209,7 +209,7 @@ def test_beside_an_imputed_value_every_other_is_still_compared(plant: Plant) -> 
     plant.drain(plant.log.last("events"))
     plant.impute(90, "flow_std_1m", 0.1)
     mean = VIEW.stored.index("flow_mean_5m")
-    stored = list(plant.served[90]["stored"])  # type: ignore[call-overload]
+    stored = list(plant.served[90]["stored"])
     stored[mean] = float(np.nextafter(stored[mean], 1e9))
     plant.served[90]["stored"] = stored
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)

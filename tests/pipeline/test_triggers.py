@@ -12,6 +12,7 @@ import pytest
 
 from cluster.alerts import Alerts
 from cluster.database import Database
+from cluster.triggers import Triggers
 from pipelines import usecases
 from pipelines.monitoring.drift import Drift, SeriesDrift
 from pipelines.monitoring.performance import Decay
@@ -54,7 +55,7 @@ def aqua() -> UseCase:
 
 
 def observed(**changes: object) -> Observed:
-    return replace(Observed("3", 100 * DAY), **changes)  # type: ignore[arg-type]
+    return replace(Observed("3", 100 * DAY), **changes)
 
 
 def test_decay_is_due_on_its_verdict_and_never_on_silence() -> None:
@@ -124,13 +125,13 @@ def test_the_cool_down_is_waited_out_except_by_a_person(database: Database, cloc
     seen = triggers.look((Decayed(),), observed(decay=DECAY))
     first = triggers.open_due(aqua(), POLICY, seen, database=database, clock=clock)
     assert first is not None
-    database.finish_trigger(first.id, "done", {}, clock.now())
+    Triggers(database).finish(first.id, "done", {}, clock.now())
     clock.time += 7 * DAY - 1
     assert triggers.open_due(aqua(), POLICY, seen, database=database, clock=clock) is None
     by_hand = triggers.open_by_hand(aqua(), "new meters", database=database, clock=clock)
     assert by_hand is not None
     assert by_hand.evidence == {"reason": "new meters"}
-    database.finish_trigger(by_hand.id, "failed", {}, clock.now())
+    Triggers(database).finish(by_hand.id, "failed", {}, clock.now())
     clock.time += 7 * DAY
     assert triggers.open_due(aqua(), POLICY, seen, database=database, clock=clock) is not None
     with pytest.raises(ValueError, match="needs a reason"):
@@ -147,32 +148,32 @@ def test_nothing_is_opened_while_a_release_is_under_way(database: Database, cloc
 
 
 def test_a_trigger_is_claimed_by_one_and_taken_up_when_that_one_is_gone(database: Database) -> None:
-    assert database.claim_trigger("aqua", "a", 10, 0) is None
-    made = database.open_trigger("aqua", "decay", {}, 5)
+    assert Triggers(database).claim("aqua", "a", 10, 0) is None
+    made = Triggers(database).open("aqua", "decay", {}, 5)
     assert made is not None
-    claimed = database.claim_trigger("aqua", "a", 10, 0)
+    claimed = Triggers(database).claim("aqua", "a", 10, 0)
     assert claimed is not None
     assert (claimed.id, claimed.status, claimed.attempts) == (made.id, "running", 1)
-    assert database.claim_trigger("aqua", "b", 10, 10 * SECOND - 1) is None
-    again = database.claim_trigger("aqua", "a", 10, 5 * SECOND)  # renewed until 15
+    assert Triggers(database).claim("aqua", "b", 10, 10 * SECOND - 1) is None
+    again = Triggers(database).claim("aqua", "a", 10, 5 * SECOND)  # renewed until 15
     assert again is not None
     assert again.attempts == 1
-    assert database.claim_trigger("aqua", "b", 10, 12 * SECOND) is None
-    taken = database.claim_trigger("aqua", "b", 10, 15 * SECOND)
+    assert Triggers(database).claim("aqua", "b", 10, 12 * SECOND) is None
+    taken = Triggers(database).claim("aqua", "b", 10, 15 * SECOND)
     assert taken is not None
     assert taken.attempts == 2
-    database.finish_trigger(made.id, "done", {"reason": "x"}, 20)
-    assert database.claim_trigger("aqua", "b", 10, 16 * SECOND) is None
-    assert database.open_trigger("aqua", "drift", {}, 30) is not None
+    Triggers(database).finish(made.id, "done", {"reason": "x"}, 20)
+    assert Triggers(database).claim("aqua", "b", 10, 16 * SECOND) is None
+    assert Triggers(database).open("aqua", "drift", {}, 30) is not None
 
 
 def test_notes_and_the_end_are_written_once(database: Database) -> None:
-    made = database.open_trigger("aqua", "decay", {}, 5)
+    made = Triggers(database).open("aqua", "decay", {}, 5)
     assert made is not None
-    assert database.note_trigger(made.id, {"search": 1}, "search_finished", 6).outcome == {"search": 1}
-    assert database.note_trigger(made.id, {"search": 2}, "search_finished", 7).outcome == {"search": 1}
-    ended = database.finish_trigger(made.id, "done", {"version": "4"}, 8)
-    assert database.finish_trigger(made.id, "failed", {"version": "5"}, 9) == ended
+    assert Triggers(database).note(made.id, {"search": 1}, "search_finished", 6).outcome == {"search": 1}
+    assert Triggers(database).note(made.id, {"search": 2}, "search_finished", 7).outcome == {"search": 1}
+    ended = Triggers(database).finish(made.id, "done", {"version": "4"}, 8)
+    assert Triggers(database).finish(made.id, "failed", {"version": "5"}, 9) == ended
     assert (ended.status, ended.outcome) == ("done", {"search": 1, "version": "4"})
     assert [(entry.kind, entry.at_us) for entry in database.journal("aqua")] == [
         ("trigger_opened", 5),
@@ -180,17 +181,17 @@ def test_notes_and_the_end_are_written_once(database: Database) -> None:
         ("trigger_closed", 8),
     ]
     with pytest.raises(KeyError, match="no trigger 99"):
-        database.note_trigger(99, {}, None, 1)
+        Triggers(database).note(99, {}, None, 1)
 
 
 def test_a_trigger_asks_for_one_version_only(database: Database) -> None:
-    made = database.open_trigger("aqua", "decay", {}, 5)
+    made = Triggers(database).open("aqua", "decay", {}, 5)
     assert made is not None
-    assert database.request_release_for(made.id, "aqua", "4", {"gates": []}, 6)
-    assert not database.request_release_for(made.id, "aqua", "4", {}, 6)
-    assert not database.request_release_for(made.id, "aqua", "5", {}, 7)
+    assert Triggers(database).request_release(made.id, "4", {"gates": []}, 6)
+    assert not Triggers(database).request_release(made.id, "4", {}, 6)
+    assert not Triggers(database).request_release(made.id, "5", {}, 7)
     assert database.open_releases("aqua") == ["4"]
-    assert database.triggers("aqua")[0].outcome == {"version": "4", "requested": True}
+    assert Triggers(database).all("aqua")[0].outcome == {"version": "4", "requested": True}
     request = database.claim_release("aqua", "a", 5, 0)
     assert request is not None
     assert request.payload == {"gates": [], "trigger": made.id}

@@ -1,0 +1,102 @@
+"""What follows from a rollout's situation for others to see: its description, the routing table, aliases and alerts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from serving.rollout.journal import Situation
+from serving.rollout.judge import judge, measure
+from serving.rollout.machine import Outcome, Phase, State
+from serving.routing import Challenger
+
+
+def finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures as JSON takes them: an infinite one as None."""
+    return {name: figure if abs(figure) < float("inf") else None for name, figure in figures.items()}
+
+
+def describe(situation: Situation, now_us: int) -> dict[str, Any]:
+    """A situation for people: where the rollout stands, its evidence, and what the judge says now."""
+    state, evidence = situation.state, situation.evidence
+    said: dict[str, Any] = {}
+    log_e: dict[str, float] = {}
+    threshold: dict[str, float] = {}
+    try:
+        if state.tried:
+            verdict = judge(situation.policy, state, evidence, now_us)
+            log_e, threshold = verdict.log_e, verdict.threshold
+            said = {"verdict": verdict.action, "reason": verdict.reason}
+        elif situation.fields:
+            log_e, threshold = measure(situation.policy, evidence)
+    except ValidationError:  # of the code that began it: its evidence cannot be measured, all else can be told
+        said = {"reason": "the policy that this rollout was started with does not fit this code"}
+    return {
+        "phase": state.phase,
+        "champion": state.champion,
+        "previous": state.previous,
+        "challenger": state.challenger,
+        "rollout": state.rollout,
+        "step": state.step,
+        "weight": state.weight,
+        "paused": state.paused,
+        "outcome": state.outcome,
+        "ended": state.ended,
+        "evidence": {
+            "challenger_requests": evidence.challenger_requests(),
+            "served": evidence.served,
+            "harmed": evidence.harmed,
+            "copies": evidence.copies,
+            "disagreed": evidence.disagreed,
+            "days": len(evidence.days),
+            "log_e": finite(log_e),
+            "threshold": finite(threshold),
+        },
+        **said,
+    }
+
+
+def aliases(state: State) -> dict[str, str]:
+    """The versions by the names under which the registry shows them."""
+    named = {"champion": state.champion, "challenger": state.challenger, "previous": state.previous}
+    return {name: version for name, version in named.items() if version is not None}
+
+
+def alerts(state: State) -> dict[str, str]:
+    """The alerts that belong to a state, by name and detail."""
+    if state.paused:
+        return {"rollout_paused": f"the rollout of version {state.challenger} waits for somebody to look at it"}
+    if state.outcome in (Outcome.ROLLED_BACK, Outcome.INCONCLUSIVE):
+        return {f"rollout_{state.outcome}": f"version {state.ended}; the journal says why"}
+    return {}
+
+
+ALERTS = ("rollout_paused", "rollout_rolled_back", "rollout_inconclusive")
+
+
+def document(situation: Situation) -> dict[str, Any] | None:
+    """The fields of the routing table that the situation calls for; None before the first champion."""
+    state = situation.state
+    if state.champion is None:
+        return None
+    challenger = None
+    if state.tried and state.challenger is not None:
+        policy = situation.policy
+        challenger = Challenger(
+            version=state.challenger,
+            rollout=state.rollout,
+            salt=state.salt,
+            weight=state.weight,
+            shadow=policy.shadow.share,
+            deadline_ms=policy.deadline_ms,
+            slow_factor=policy.slow_factor,
+            slow_floor_ms=policy.slow_floor_ms,
+            harm_cap=policy.harm_cap,
+        ).model_dump(mode="json")
+    return {
+        "champion": state.champion,
+        "previous": state.previous,
+        "prepare": state.challenger if state.phase is Phase.PROMOTING else None,
+        "challenger": challenger,
+    }

@@ -1,0 +1,133 @@
+"""A promotion waits for every gateway, and a rollout whose policy this code does not know ends without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.database import Database
+from serving.rollout.controller import PROMOTE_TIMEOUT_S, Controller
+from serving.rollout.journal import Journal
+from serving.rollout.machine import Kind, Phase
+from serving.rollout.projections import describe
+from tests.data.test_rollout_kill import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Play
+
+ONE, TWO = "here:1:aa", "there:2:bb"
+
+
+@dataclass
+class TwoGateways(FakeWorld):
+    """A world in which two gateways hold a lease."""
+
+    live: list[str] = field(default_factory=lambda: [ONE, TWO])
+
+    def gateways(self) -> list[str]:
+        return self.live
+
+
+@dataclass
+class Promoting:
+    """A controller at the point where every gateway is to load the challenger."""
+
+    controller: Controller
+    world: TwoGateways
+    journal: Journal
+    time: float = 0.0
+
+    def says(self, gateway: str, prepared: list[str], refused: dict[str, str] | None = None) -> None:
+        """One exchange of a gateway, and the turn after it."""
+        self.controller.exchange(gateway, self._epoch(), prepared, refused or {}, None, 0.0)
+        self.controller.turn()
+
+    def _epoch(self) -> int:
+        assert self.world.routed is not None
+        return self.world.routed.epoch
+
+    def last(self, kind: Kind) -> dict[str, Any]:
+        return next(e.payload for e in reversed(self.journal.read()) if e.kind == kind)
+
+
+@pytest.fixture
+def promoting(tmp_path) -> Promoting:
+    """The usual rollout, by one gateway, up to the promotion; from there on a second one holds a lease too."""
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    database.create()
+    world = TwoGateways(live=[ONE], open=["1"])
+    play = Play(world, Journal(database, "aqua"))
+    for name in ["settle", *USUAL[:-1]]:
+        STEPS[name](play)
+    assert play.controller.state.phase is Phase.PROMOTING
+    world.live = [ONE, TWO]
+    made = Promoting(play.controller, world, play.journal)
+    made.controller = Controller(USE_CASE, play.journal, world, play.clock, real=lambda: made.time, draw=lambda: "s")
+    made.controller.turn()
+    return made
+
+
+def test_no_gateway_swaps_before_every_one_has_loaded_the_challenger(promoting):
+    promoting.says(ONE, ["1", "2"])
+    promoting.says(TWO, ["1"])
+    promoting.says(ONE, ["1", "2"])
+    assert promoting.controller.state.phase is Phase.PROMOTING
+    assert promoting.world.routed is not None
+    assert (promoting.world.routed.champion, promoting.world.routed.prepare) == ("1", "2")
+    promoting.says(TWO, ["1", "2"])
+    assert promoting.controller.state.champion == "2"
+    assert sorted(promoting.last(Kind.PROMOTED)["gateways"]) == [ONE, TWO]
+
+
+def test_a_gateway_whose_lease_has_ended_is_not_waited_for(promoting):
+    promoting.says(ONE, ["1", "2"])
+    assert promoting.controller.state.phase is Phase.PROMOTING
+    promoting.world.live = [ONE]
+    promoting.controller.turn()
+    assert promoting.last(Kind.PROMOTED)["gateways"] == [ONE]
+
+
+def _refuses(here: Promoting) -> None:
+    here.says(TWO, ["1"], {"2": "its digest differs"})
+
+
+def _is_silent(here: Promoting) -> None:
+    here.says(ONE, ["1", "2"])
+    here.time = PROMOTE_TIMEOUT_S + 1
+    here.controller.turn()
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [(_refuses, f"gateway {TWO} cannot load it: its digest differs"), (_is_silent, TWO)]
+)
+def test_a_gateway_that_refuses_or_is_silent_ends_the_promotion_and_the_champion_stays(
+    promoting: Promoting, what: Callable[[Promoting], None], reason: str
+):
+    what(promoting)
+    assert reason in promoting.last(Kind.FAILED)["reason"]
+    promoting.controller.turn()
+    assert promoting.world.routed is not None
+    assert (promoting.world.routed.champion, promoting.world.routed.prepare) == ("1", None)
+    assert promoting.controller.state.phase is Phase.WITHDRAWING
+
+
+def test_a_policy_that_this_code_does_not_know_ends_the_rollout_and_can_still_be_described(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    database.create()
+    journal, clock = Journal(database, "aqua"), Clock()
+    play = Play(FakeWorld(open=["1"]), journal, clock)
+    for name in ("settle", "ask", "settle"):
+        STEPS[name](play)
+    assert play.controller.state.phase is Phase.SHADOW
+    fields = {**play.controller.situation.fields, "mood": "good"}
+    object.__setattr__(play.controller.situation, "fields", fields)
+    told = describe(play.controller.situation, clock.now())
+    assert told["phase"] == "shadow"
+    assert "does not fit this code" in told["reason"]
+    play.controller.turn()
+    failed = next(e for e in journal.read() if e.kind == Kind.FAILED)
+    assert "does not fit this code" in failed.payload["reason"]
+    play.settle()
+    assert play.controller.state.phase is Phase.IDLE
+    assert play.world.routed is not None
+    assert (play.world.routed.champion, play.world.routed.challenger) == ("1", None)
