@@ -5,7 +5,7 @@ VENV ?= .venv
 USECASE ?= aqua
 ARGS ?=
 BIN := $(VENV)/bin
-DEBIAN := postgresql
+DEBIAN := postgresql redis-server
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: install install-test deps demo test lint format clean

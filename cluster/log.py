@@ -1,7 +1,7 @@
-"""The durable log of ingest: named streams in one LMDB environment, which all processes of a node may write.
+"""The durable log of ingest: what every log promises, and the one of a single node, in an LMDB environment.
 
 It promises that a record whose transaction has returned survives any crash and stands in its stream
-exactly once, at one place: sequences start at 1 and have no gaps.
+exactly once, at one place: sequences start at 1 and have no gaps. ``cluster.redis_log`` is the log of several nodes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 import lmdb
 
@@ -36,6 +36,10 @@ class LogFull(RuntimeError):
     """The log cannot take more: its map is full, or too many records wait to be written."""
 
 
+class LogUnavailable(ConnectionError):
+    """The log's server does not answer; whether it took the records of this call is not known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What goes in. Two records of one stream with the same ``identity`` are one; None is never compared."""
@@ -53,6 +57,56 @@ class LogRecord:
     value: bytes
 
 
+class LogTransaction(Protocol):
+    """One atomic write; made by ``Log.transaction``. What its calls return is filled in when its block ends."""
+
+    def append(self, stream: str, records: Sequence[Record]) -> Sequences:
+        """Append in order and return each record's sequence, None for one whose identity is remembered.
+
+        An identity seen earlier in this transaction counts as remembered. Wrong types raise ``TypeError``
+        before anything of this call is written.
+        """
+
+    def remember(self, stream: str, identities: Sequence[bytes]) -> list[bool]:
+        """Take note of identities that came in another way (a bulk load); which of them were new."""
+
+
+class Log(Protocol):
+    """Named streams of records, kept until ``trim``. Threads may share the object.
+
+    Identities are remembered for at least ``remember_us`` and at most one and a half times that. ``where`` names the
+    log's place in messages. A log on a server raises ``LogUnavailable`` from any call when the server does not answer.
+    """
+
+    where: str
+    remember_us: int
+
+    def transaction(self, now_us: int) -> AbstractContextManager[LogTransaction]:
+        """All appends of the block, or none of them; durable when the block has ended without an error.
+
+        ``now_us`` becomes the records' ``known_at_us``, unless their stream has a later one. Raises ``LogFull`` when
+        the log cannot take them.
+        """
+
+    def read(self, stream: str, after: int, limit: int | None = None) -> list[LogRecord]:
+        """Up to ``limit`` kept records with a sequence above ``after``, in order."""
+
+    def last(self, stream: str) -> int:
+        """The highest sequence ever given in the stream; 0 when it is new."""
+
+    def first(self, stream: str) -> int:
+        """The lowest sequence that has not been trimmed; ``last + 1`` when nothing is kept."""
+
+    def pending(self, stream: str) -> int:
+        """How many records are kept."""
+
+    def trim(self, stream: str, through: int) -> None:
+        """Forget the records up to and including ``through``; their sequences and identities stay taken."""
+
+    def close(self) -> None:
+        """Let go of files and connections; the object is of no use afterwards."""
+
+
 @dataclass
 class _Stream:
     id: int = 0
@@ -62,15 +116,14 @@ class _Stream:
 
 
 class DurableLog:
-    """Streams of records below the directory ``path``; one object per process and path.
+    """The ``Log`` below the directory ``path``, for the processes of one node; one object per process and path.
 
-    Identities are remembered for at least ``remember_us`` and at most one and a half times that.
-    ``map_bytes`` bounds the file, which grows as it is used. Records are kept until ``trim``. Threads may
-    share the object; a forked child must open its own.
+    ``map_bytes`` bounds the file, which grows as it is used. A forked child must open its own.
     """
 
     def __init__(self, path: Path | str, *, remember_us: int, map_bytes: int = 4 << 30) -> None:
         self.path = Path(path)
+        self.where = str(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.map_bytes = map_bytes
         self.remember_us = remember_us
@@ -83,17 +136,14 @@ class DurableLog:
 
     @contextmanager
     def transaction(self, now_us: int) -> Iterator[Transaction]:
-        """All appends of the block, or none of them; one fsync at its end, after which they are durable.
-
-        Holds the node's only writer lock: keep the block short. Raises ``LogFull`` when the map is full.
-        """
+        """See ``Log``; one fsync at the end of the block. Holds the node's only writer lock: keep the block short."""
         with self._writing() as txn:
             transaction = Transaction(self, txn, now_us)
             yield transaction
             transaction._finish()
 
     def read(self, stream: str, after: int, limit: int | None = None) -> list[LogRecord]:
-        """Up to ``limit`` kept records with a sequence above ``after``, in order."""
+        """See ``Log``."""
         with self._env.begin() as txn:
             state = self._stream(txn, stream) or _Stream()
             start = max(after, state.trimmed) + 1
@@ -105,29 +155,29 @@ class DurableLog:
             cursor.set_range(_KEY.pack(state.id, start))
             for sequence, blob in zip(range(start, stop + 1), cursor.iternext(keys=False), strict=False):
                 version, known_at = _HEAD.unpack_from(blob)
-                _check_format(version, f"record {sequence} of stream {stream!r} in {self.path}")
+                check_format(version, f"record {sequence} of stream {stream!r} in {self.path}")
                 found.append(LogRecord(sequence, known_at, blob[_HEAD.size :]))
             return found
 
     def last(self, stream: str) -> int:
-        """The highest sequence ever given in the stream; 0 when it is new."""
+        """See ``Log``."""
         return self._look(stream).last
 
     def first(self, stream: str) -> int:
-        """The lowest sequence that has not been trimmed; ``last + 1`` when nothing is kept."""
+        """See ``Log``."""
         return self._look(stream).trimmed + 1
 
     def pending(self, stream: str) -> int:
-        """How many records are kept."""
+        """See ``Log``."""
         state = self._look(stream)
         return state.last - state.trimmed
 
     def trim(self, stream: str, through: int) -> None:
-        """Forget the records up to and including ``through``; their sequences and identities stay taken."""
+        """See ``Log``."""
         with self._writing() as txn:
             state = self._stream(txn, stream) or _Stream()
             if through > state.last:
-                raise ValueError(f"stream {stream!r} ends at {state.last}: it cannot be trimmed to {through}")
+                raise trimmed_beyond_end(stream, state.last, through)
             for sequence in range(state.trimmed + 1, through + 1):
                 txn.delete(_KEY.pack(state.id, sequence), db=self._records)
             if through > state.trimmed:
@@ -135,7 +185,7 @@ class DurableLog:
                 self._put_stream(txn, stream, state)
 
     def close(self) -> None:
-        """Release the files; the object is of no use afterwards."""
+        """See ``Log``."""
         self._env.close()
 
     @contextmanager
@@ -153,19 +203,19 @@ class DurableLog:
             return self._stream(txn, stream) or _Stream()
 
     def _stream(self, txn: lmdb.Transaction, stream: str) -> _Stream | None:
-        blob = txn.get(_stream_key(stream), db=self._meta)
+        blob = txn.get(stream_key(stream), db=self._meta)
         if blob is None:
             return None
-        _check_format(blob[0], f"the entry of stream {stream!r} in {self.path}")
+        check_format(blob[0], f"the entry of stream {stream!r} in {self.path}")
         return _Stream(*_STREAM.unpack(blob)[1:])
 
     def _put_stream(self, txn: lmdb.Transaction, stream: str, state: _Stream) -> None:
         blob = _STREAM.pack(FORMAT, state.id, state.last, state.trimmed, state.known_at)
-        txn.put(_stream_key(stream), blob, db=self._meta)
+        txn.put(stream_key(stream), blob, db=self._meta)
 
 
 class Transaction:
-    """One atomic write; made by ``DurableLog.transaction``."""
+    """The ``LogTransaction`` of LMDB; its answers are there at once."""
 
     def __init__(self, log: DurableLog, txn: lmdb.Transaction, now_us: int) -> None:
         self._log = log
@@ -175,14 +225,8 @@ class Transaction:
         self._remembering = log._identities.at(txn, now_us)
 
     def append(self, stream: str, records: Sequence[Record]) -> Sequences:
-        """Append in order and return each record's sequence, None for one whose identity is remembered.
-
-        An identity seen earlier in this transaction counts as remembered. Wrong types raise ``TypeError``
-        before anything of this call is written.
-        """
-        for record in records:
-            if not isinstance(record.value, bytes) or not isinstance(record.identity, bytes | None):
-                raise TypeError(f"stream {stream!r}: identity and value of a record must be bytes, not {record!r}")
+        """See ``LogTransaction``."""
+        check_records(stream, records)
         state = self._state(stream)
         known_at = max(self._now, state.known_at)
         head = _HEAD.pack(FORMAT, known_at)
@@ -198,10 +242,10 @@ class Transaction:
             sequences.append(state.last)
         return sequences
 
-    def remember(self, stream: str, identities: Sequence[bytes]) -> int:
-        """Take note of identities that came in another way (a bulk load); how many were new."""
+    def remember(self, stream: str, identities: Sequence[bytes]) -> list[bool]:
+        """See ``LogTransaction``."""
         state = self._state(stream)
-        return sum(self._remembering.add(state.id, identity) for identity in identities)
+        return [self._remembering.add(state.id, identity) for identity in identities]
 
     def _state(self, stream: str) -> _Stream:
         if stream not in self._states:
@@ -217,14 +261,28 @@ class Transaction:
             self._log._put_stream(self._txn, stream, state)
 
 
-def _stream_key(stream: str) -> bytes:
+def stream_key(stream: str) -> bytes:
+    """The name of a stream as bytes; ``ValueError`` when it is empty or too long."""
     key = stream.encode()
     if not 0 < len(key) <= 400:  # LMDB's keys have at most 511 bytes
         raise ValueError(f"the name of a stream has 1 to 400 bytes, not {len(key)}: {stream[:50]!r}")
     return key
 
 
-def _check_format(version: int, what: str) -> None:
+def check_records(stream: str, records: Sequence[Record]) -> None:
+    """Raises ``TypeError`` unless every identity and value is bytes."""
+    for record in records:
+        if not isinstance(record.value, bytes) or not isinstance(record.identity, bytes | None):
+            raise TypeError(f"stream {stream!r}: identity and value of a record must be bytes, not {record!r}")
+
+
+def trimmed_beyond_end(stream: str, last: int, through: int) -> ValueError:
+    """The error of a trim beyond a stream's last sequence."""
+    return ValueError(f"stream {stream!r} ends at {last}: it cannot be trimmed to {through}")
+
+
+def check_format(version: int, what: str) -> None:
+    """Raises ``ValueError``, naming ``what``, unless it has the format that this code reads."""
     if version != FORMAT:
         raise ValueError(
             f"{what} has format {version}; this code reads format {FORMAT}: drain the log with the code that wrote it"
@@ -271,13 +329,14 @@ class GroupCommit:
 
     ``after_commit`` runs on the writing thread after each commit, before the futures resolve; if it
     raises, the futures of that group carry its error although their records are durable (a caller that
-    tries again gets None for them). At most ``max_waiting`` records wait at any time, and one transaction
-    takes about ``group_records`` of them.
+    tries again gets None for them). The same holds when the log became unavailable: the records may be
+    durable. At most ``max_waiting`` records wait at any time, and one transaction takes about
+    ``group_records`` of them.
     """
 
     def __init__(
         self,
-        log: DurableLog,
+        log: Log,
         clock: Clock,
         after_commit: Callable[[], object] | None = None,
         *,
@@ -372,4 +431,8 @@ class GroupCommit:
                 submission.result = transaction.append(submission.stream, submission.records)
         if attempt.error is None:
             return group
+        if isinstance(attempt.error, LogUnavailable):  # a second try could write records without identity twice
+            for submission in () if alone else group:
+                submission.fail(attempt.error)
+            return []
         return [] if alone else [s for single in group for s in self._append([single])]

@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cluster.redis_url import check_url
+
 PREFIX = "TIDEGATE_"
 # Variables of that prefix that other parts read for themselves.
 _ALLOWED = frozenset({"TIDEGATE_SESSION", "TIDEGATE_URL", "TIDEGATE_API_KEY"})
@@ -46,9 +48,13 @@ class Settings(BaseModel):
     ``body_limit`` is the largest request body in bytes. ``num_cpus`` None lets Ray count.
     ``drills`` is a file of faults for challengers (``serving.drills``). Fields that may hold secrets are left
     out of ``repr``.
+
+    Ingest log and entity state live in LMDB below ``state_dir``, for one node, or, when ``state_url`` is given, in the
+    Redis server of that URL, for several. The server must show by CONFIG GET that it fsyncs before it acknowledges;
+    where it may not, ``state_durability`` ``guaranteed`` says that its operator answers for that.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     home: Path = Path("var/tidegate")
     tables_url: str = Field(default_factory=_file_uri("tables"))
@@ -57,6 +63,8 @@ class Settings(BaseModel):
     mlflow_url: str = Field(default_factory=_sqlite_url("mlflow.db"), repr=False)
     mlflow_artifacts: str = Field(default_factory=_file_uri("mlflow-artifacts"))
     state_dir: Path = Field(default_factory=_below("state"))
+    state_url: str | None = Field(default=None, repr=False)
+    state_durability: Literal["checked", "guaranteed"] = "checked"
     clock: Literal["system", "replay"] = "system"
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535)
@@ -77,6 +85,13 @@ class Settings(BaseModel):
         if bad := sorted(_UNSAFE & set(str(path))):
             raise ValueError(f"path {str(path)!r} must not contain {' '.join(bad)}: choose another directory")
         return path.expanduser().absolute()
+
+    @field_validator("state_url")
+    @classmethod
+    def _redis_if_any(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_url(url)
+        return url
 
     @field_validator("drills")
     @classmethod

@@ -27,10 +27,10 @@ from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT
 from pipelines.contracts.leases import events_lease
 from pipelines.drain import EVENTS
 from pipelines.features.offline import backfill
-from pipelines.features.online import OnlineState, open_log, state_path
+from pipelines.features.online import open_log, open_state
 from pipelines.spec import UseCase
 
-_REMEMBERED_AT_ONCE = 10_000  # a transaction holds the node's only writer lock: keep it short
+_REMEMBERED_AT_ONCE = 10_000  # others cannot append during a transaction: keep it short
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Materialized:
 def materialize(
     use_case: UseCase, *, tables: Tables, database: Database, settings: Settings, clock: Clock
 ) -> Materialized:
-    """Rebuilds this node's online state from the newest events table and the ingest log after it.
+    """Rebuilds the online state from the newest events table and the ingest log after it.
 
-    No load and no drain commits meanwhile. No other ``OnlineState`` or ``DurableLog`` of the use case may be open in
-    this process; other processes go on reading the old state until the new one is whole. One bucket at a time is held
+    No load and no drain commits meanwhile. In LMDB, no other state or log of the use case may be open in this
+    process; other processes go on reading the old state until the new one is whole. One bucket at a time is held
     in memory. First the log learns the ids of all rows that could still reach state, so an event that came with a
     load is not taken again over HTTP.
     """
     source = events_table(use_case)
     log = open_log(settings, use_case)
-    state = OnlineState(state_path(settings, use_case), use_case)
+    state = open_state(settings, use_case)
     try:
         with events_lease(database, use_case, f"materialize/{uuid.uuid4().hex}") as still_held:
             version = tables.version(source)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("use_case", choices=usecases.names())
     parser.add_argument("--events-version", type=int, help="version of the events table (default: the newest)")
     parser.add_argument("--engine", choices=("auto", "arrow", "ray"), default="auto")
-    parser.add_argument("--materialize", action="store_true", help="also rebuild the online state of this node")
+    parser.add_argument("--materialize", action="store_true", help="also rebuild the online state")
     options = parser.parse_args(arguments)
     settings = Settings.from_environment()
     use_case = usecases.load(options.use_case)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.database import Database
-from cluster.log import DurableLog, LogRecord
+from cluster.log import Log, LogRecord
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts import enforce, events, leases, rules
@@ -47,7 +47,7 @@ def _nothing() -> None:
 
 def drain(
     use_case: UseCase,
-    log: DurableLog,
+    log: Log,
     tables: Tables,
     settings: Settings,
     *,
@@ -109,7 +109,7 @@ def drain(
 
 def drain_once(
     use_case: UseCase,
-    log: DurableLog,
+    log: Log,
     tables: Tables,
     database: Database,
     settings: Settings,
@@ -150,7 +150,7 @@ def _new(use_case: UseCase, tables: Tables, rows: pa.Table) -> np.ndarray:
     return unique_keys(rows.column(events.EVENT_ID).combine_chunks(), held.column(events.EVENT_ID))
 
 
-def _recover(use_case: UseCase, log: DurableLog, tables: Tables, done: int) -> int:
+def _recover(use_case: UseCase, log: Log, tables: Tables, done: int) -> int:
     """Quarantines the records up to ``done`` that are not in the table: they were refused as duplicates."""
     records = log.read(EVENTS, 0, done - log.first(EVENTS) + 1)
     shown = (pc.field(events.SEQUENCE) >= records[0].sequence) & (pc.field(events.SEQUENCE) <= done)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 from cluster.alerts import Alerts
 from cluster.clock import Clock
 from cluster.database import Database
-from cluster.log import DurableLog, GroupCommit, LogFull, Record
+from cluster.log import GroupCommit, Log, LogFull, LogUnavailable, Record
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts.events import LOAD_ID, encode_event, event_id
@@ -35,7 +35,7 @@ ALERT = "drain_failing"
 class EventIntake:
     """Checks, logs and acknowledges events; also carries the records of predictions and outcomes."""
 
-    def __init__(self, use_case: UseCase, log: DurableLog, clock: Clock, project: Callable[[], object]) -> None:
+    def __init__(self, use_case: UseCase, log: Log, clock: Clock, project: Callable[[], object]) -> None:
         self._contract = use_case.contract
         self._model = compile_model(use_case.contract)
         self._clock = clock
@@ -45,7 +45,7 @@ class EventIntake:
         """One result per event, in order: accepted (with its sequence) or quarantined (with the broken rules).
 
         An event whose id is remembered is accepted again without being stored again. Raises ``Problem`` 429
-        when the log cannot take more.
+        when the log cannot take more, 503 when it does not answer: some of the events may then be durable.
         """
         now = self._clock.now()
         results: list[dict[str, Any]] = []
@@ -78,6 +78,8 @@ class EventIntake:
             done = await asyncio.gather(*map(asyncio.wrap_future, waiting))
         except LogFull as error:
             raise Problem(429, "The event log is full", str(error), retry_after_s=1) from error
+        except LogUnavailable as error:
+            raise Problem(503, "The event log does not answer", str(error), retry_after_s=1) from error
         for place, sequence in zip(places, done[-1] if accepted else (), strict=True):
             results[place]["duplicate" if sequence is None else "sequence"] = sequence is None or sequence
         return results
@@ -85,13 +87,15 @@ class EventIntake:
     async def outcomes(self, values: Mapping[str, bytes]) -> None:
         """Logs outcomes by prediction id; returns when they are durable. The first outcome of a prediction counts.
 
-        Raises ``Problem`` 429 when the log cannot take more.
+        Raises ``Problem`` 429 when the log cannot take more, 503 when it does not answer.
         """
         try:
             records = [Record(identity.encode(), value) for identity, value in values.items()]
             await asyncio.wrap_future(self._commit.submit(OUTCOMES, records))
         except LogFull as error:
             raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
+        except LogUnavailable as error:
+            raise Problem(503, "The log does not answer", str(error), retry_after_s=1) from error
 
     def predictions(self, values: Sequence[bytes]) -> None:
         """Logs predictions, for which nobody waits; a crash may lose those of the last moment.
@@ -130,7 +134,7 @@ class Drain:
     def __init__(
         self,
         use_case: UseCase,
-        log: DurableLog,
+        log: Log,
         project: Callable[[], int],
         tables: Tables,
         database: Database,

@@ -23,7 +23,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
-from pipelines.features.online import OnlineState, open_log, state_path
+from pipelines.features.online import open_log, open_state
 from pipelines.features.state import StateError
 from pipelines.training.artifact import Prediction
 from serving.answers import Answered, Other, Predictor, Prepared
@@ -58,7 +58,7 @@ class Gateway:
         self.database = Database(settings.database_url)
         self.alerts = Alerts(self.database, self.clock)
         self.log = open_log(settings, self.use_case)
-        self.state = OnlineState(state_path(settings, self.use_case), self.use_case)
+        self.state = open_state(settings, self.use_case)
         self._project()  # what an earlier process logged and did not live to apply
         self.intake = EventIntake(self.use_case, self.log, self.clock, self._project)
         self.predictor = Predictor(self.use_case, self.state.bind())

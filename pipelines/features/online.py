@@ -1,7 +1,8 @@
 """The online side of features: entity state as a projection of the ingest log, and its bound reader.
 
-State carries the log sequence it has applied, in one transaction with the values, so whatever process is
-killed at whatever time, the gap is replayed and no event is applied twice.
+State carries the log sequence it has applied, changed together with the values, so whatever process is
+killed at whatever time, the gap is replayed and no event is applied twice. Where state and log are kept, in LMDB or in
+Redis, is decided here by the settings and known to nothing above.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.log import DurableLog
+from cluster.log import DurableLog, Log
 from cluster.settings import Settings
 from pipelines.contracts.events import SEQUENCE, decode_events
 from pipelines.features.offline import by_entity, take
 from pipelines.features.served import Status
 from pipelines.features.state import EntityState, StateError, read_into, words
-from pipelines.features.stores import Store, Transaction
+from pipelines.features.stores import Rebuild, Transaction, open_store
 from pipelines.features.windows import compile_plan, eligible, event_columns
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
@@ -31,7 +32,6 @@ __all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "Status"]
 NO_TABLE = -1  # the table version of generation 0, which was never materialized
 _HEAD = struct.Struct("<BQQQ")  # format, applied sequence, generation, events that could not be placed
 _FORMAT = 1
-_CHUNK = 20_000
 _VERSION = struct.Struct("<q")
 
 
@@ -69,45 +69,62 @@ def log_path(settings: Settings, use_case: UseCase) -> Path:
     return settings.state_dir / use_case.name / "log"
 
 
-def open_log(settings: Settings, use_case: UseCase) -> DurableLog:
-    """The use case's ingest log on this node. Its ids are remembered for as long as an event can reach state."""
+def open_log(settings: Settings, use_case: UseCase) -> Log:
+    """The use case's ingest log. Its ids are remembered for as long as an event can reach state."""
     contract = use_case.contract
     lasting = microseconds(contract.lateness + contract.future) + 60_000_000
     remember_us = max(settings.remember_seconds * 1_000_000, lasting)
-    return DurableLog(log_path(settings, use_case), remember_us=remember_us)
+    if settings.state_url is None:
+        return DurableLog(log_path(settings, use_case), remember_us=remember_us)
+    from cluster.redis_log import RedisLog
+
+    guaranteed = settings.state_durability == "guaranteed"
+    return RedisLog(settings.state_url, use_case.name, remember_us=remember_us, guaranteed=guaranteed)
+
+
+def open_state(settings: Settings, use_case: UseCase) -> OnlineState:
+    """The state of the use case's present view."""
+    return OnlineState(settings.state_url or state_path(settings, use_case), use_case)
 
 
 class OnlineState:
-    """The state of one use case's present view on this node; one object per process.
+    """The state of one use case's present view; one object per process.
 
-    Each view fingerprint has a store of its own below ``path``, so views of several versions live side by
-    side.
+    ``place`` is a directory, for LMDB, or the URL of a Redis server. Each view fingerprint has a store of its own
+    there, so views of several versions live side by side.
     """
 
-    def __init__(self, path: Path | str, use_case: UseCase, *, map_bytes: int = 64 << 30) -> None:
+    def __init__(self, place: Path | str, use_case: UseCase) -> None:
         self.use_case = use_case
         self.plan = compile_plan(use_case.view, use_case.contract)
-        self.store = Store(Path(path) / self.plan.fingerprint, map_bytes=map_bytes)
+        self.store = open_store(place, use_case.name, self.plan.fingerprint)
 
-    def project(self, log: DurableLog, stream: str = "events") -> int:
+    def project(self, log: Log, stream: str = "events") -> int:
         """Applies every log record not yet applied and returns the last applied sequence.
 
-        One write transaction; any process may call it at any time. Raises ``StateError`` when records that
-        are missing here have left the log: then ``materialize`` rebuilds the state.
+        Any process may call it at any time. Raises ``StateError`` when records that are missing here have left the
+        log: then ``materialize`` rebuilds the state.
         """
-        applied = self.applied()
-        if log.last(stream) == applied:
-            return applied  # without the writer lock, which other processes want
-        with self.store.writing() as txn:
-            head = self._advance(txn, _head(txn), log, stream)
-            _put_head(txn, head)
-        return head.applied
+
+        def advance(txn: Transaction) -> int:
+            before = _head(txn.head)
+            head = self._advance(txn, before, log, stream)
+            if head != before:
+                txn.put_head(_pack(head))
+            return head.applied
+
+        applied, last = self.applied(), log.last(stream)
+        if applied > last:
+            return self.store.change(advance)  # raises, unless others have written and applied meanwhile
+        while applied < last:
+            applied = self.store.change(advance)
+        return applied
 
     def materialize(
         self,
         events: pa.Table | Iterable[pa.Table],
         table_version: int,
-        log: DurableLog,
+        log: Log,
         stream: str = "events",
         drained: int = 0,
     ) -> int:
@@ -115,56 +132,60 @@ class OnlineState:
 
         ``drained`` is the last sequence that left the log for that version; it may be higher than any row's, because a
         drained duplicate leaves no row. ``events`` is the whole table or parts of it, each with all rows of its
-        entities. Readers see the old state or the new one. Returns the new generation, which remembers
-        ``table_version``.
+        entities. Readers see the old state or the new one, and the new one has applied all that the old one had.
+        Returns the new generation, which remembers ``table_version``. Raises ``StateError`` when another rebuild was
+        faster.
         """
-        with self.store.writing() as txn:
-            before = _head(txn)
-            txn.clear()
+        with self.store.rebuilding() as rebuild:
+            before = _head(rebuild.head)
             covered, unplaced = drained, 0
             for part in [events] if isinstance(events, pa.Table) else events:
-                unplaced += self._apply(txn, part)
+                unplaced += self._apply(rebuild, part)
                 covered = max(covered, pc.max(part.column(SEQUENCE)).as_py() or 0)
-            generation = before.generation + 1
-            txn.put_note(_generation(generation), _VERSION.pack(table_version))
-            head = self._advance(txn, _Head(covered, generation, unplaced), log, stream)
-            _put_head(txn, head)
-        return generation
+            head = _Head(covered, before.generation + 1, unplaced)
+            while True:
+                while (further := self._advance(rebuild, head, log, stream)) != head:
+                    head = further
+                present = _head(rebuild.present())
+                if present.generation != before.generation:
+                    raise StateError(
+                        f"the state of {self.use_case.name!r} was rebuilt by another process since this rebuild, from "
+                        f"version {table_version} of the events table, began; nothing was changed"
+                    )
+                # A state that nobody has changed since may be ahead: it was made from a log that is no more.
+                if present.applied > head.applied and present != before:
+                    continue
+                if rebuild.publish(_pack(head), head.generation, _VERSION.pack(table_version)):
+                    return head.generation
 
     def generation(self, generation: int) -> int:
         """The events table version that a generation was made from; ``NO_TABLE`` for generation 0."""
         if generation == 0:
             return NO_TABLE
-        with self.store.reading() as txn:
-            found = txn.note(_generation(generation))
+        found = self.store.note(generation)
         if found is None:
-            raise StateError(f"state in {self.store.path} has no generation {generation}")
+            raise StateError(f"state in {self.store.where} has no generation {generation}")
         return int(_VERSION.unpack(found)[0])
 
     def applied(self) -> int:
         """The last log sequence that the state has applied."""
-        with self.store.reading() as txn:
-            return _head(txn).applied
+        return self._present().applied
 
     def unplaced(self) -> int:
         """Events that came too late to be placed; above zero only when a clock went backwards."""
-        with self.store.reading() as txn:
-            return _head(txn).unplaced
+        return self._present().unplaced
 
     def entities(self) -> int:
         """How many entities have state."""
-        with self.store.reading() as txn:
-            return txn.count()
+        return self.store.count()
 
     def names(self) -> list[str]:
-        """The entities that have state, ascending, without those whose name exceeds 500 bytes."""
-        with self.store.reading() as txn:
-            return txn.names()
+        """The entities that have state, ascending; some whose name exceeds 500 bytes may be left out."""
+        return self.store.names()
 
     def position(self) -> tuple[int, int]:
         """(generation, last applied log sequence): while it stays the same, so does every entity's state."""
-        with self.store.reading() as txn:
-            head = _head(txn)
+        head = self._present()
         return head.generation, head.applied
 
     def bind(self) -> BoundReader:
@@ -172,40 +193,43 @@ class OnlineState:
         return BoundReader(self)
 
     def close(self) -> None:
-        """Releases the files."""
+        """Releases files and connections."""
         self.store.close()
 
-    def _advance(self, txn: Transaction, head: _Head, log: DurableLog, stream: str) -> _Head:
-        applied, unplaced = head.applied, head.unplaced
-        if log.first(stream) > applied + 1 or log.last(stream) < applied:
+    def _present(self) -> _Head:
+        with self.store.reading() as snapshot:
+            return _head(snapshot.head)
+
+    def _advance(self, txn: Transaction | Rebuild, head: _Head, log: Log, stream: str) -> _Head:
+        """Applies the next records of the log, if there are any."""
+        first, last = log.first(stream), log.last(stream)
+        if first > head.applied + 1 or last < head.applied:
             raise StateError(
-                f"the state of {self.use_case.name!r} has log sequence {applied}, but the log {log.path} "
-                "holds "
-                f"{log.first(stream)} to {log.last(stream)}; rebuild the state from the newest events "
-                "table with "
+                f"the state of {self.use_case.name!r} has log sequence {head.applied}, but the log {log.where} holds "
+                f"{first} to {last}; rebuild the state from the newest events table with "
                 f"`python -m pipelines.backfill {self.use_case.name} --materialize`"
             )
-        while records := log.read(stream, applied, _CHUNK):
-            rows = decode_events(
-                self.use_case.contract,
-                [record.value for record in records],
-                [record.known_at_us for record in records],
-                [record.sequence for record in records],
-                load_id="",
-                buckets=1,
-            )
-            unplaced += self._apply(txn, rows)
-            applied = records[-1].sequence
-        return _Head(applied, head.generation, unplaced)
+        records = log.read(stream, head.applied, self.store.records_at_once)
+        if not records:
+            return head
+        rows = decode_events(
+            self.use_case.contract,
+            [record.value for record in records],
+            [record.known_at_us for record in records],
+            [record.sequence for record in records],
+            load_id="",
+            buckets=1,
+        )
+        return _Head(records[-1].sequence, head.generation, head.unplaced + self._apply(txn, rows))
 
-    def _apply(self, txn: Transaction, rows: pa.Table) -> int:
+    def _apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
         """Applies rows of the events table to the entities they name; how many could not be placed."""
         columns = event_columns(self.plan, rows)
         kept = np.flatnonzero(eligible(self.plan, columns))
         order = kept[np.lexsort((columns.orders[kept], columns.times[kept]))]
+        changed = list(by_entity(columns, order))
         unplaced = 0
-        for entity, mine in by_entity(columns, order):
-            blob = txn.get(entity)
+        for (entity, mine), blob in zip(changed, txn.get([entity for entity, _ in changed]), strict=True):
             state = EntityState(self.plan) if blob is None else EntityState.from_bytes(self.plan, blob)
             before, seen = state.unplaced, take(columns, mine)
             state.apply(seen.times, seen.orders, seen.values)
@@ -225,18 +249,16 @@ class BoundReader:
         plan, shape = self._plan, (len(entities), len(self._plan.features))
         values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
         known = np.zeros(len(entities), np.bool_)
-        with self._store.reading() as txn:
-            head = _head(txn)
-            for place, entity in enumerate(entities):
-                blob = txn.get(entity)
+        with self._store.reading(entities) as snapshot:
+            head = _head(snapshot.head)
+            for place, blob in enumerate(snapshot.blobs):
                 known[place] = blob is not None
                 state = plan.empty_state if blob is None else words(plan, blob)
                 read_into(plan, state, now_us, values[place], status[place], age[place])
         return Read(values, status, age, head.applied, head.generation, known)
 
 
-def _head(txn: Transaction) -> _Head:
-    found = txn.note(b"head")
+def _head(found: bytes | None) -> _Head:
     if found is None:
         return _Head()
     if found[0] != _FORMAT:
@@ -244,9 +266,5 @@ def _head(txn: Transaction) -> _Head:
     return _Head(*_HEAD.unpack(found)[1:])
 
 
-def _put_head(txn: Transaction, head: _Head) -> None:
-    txn.put_note(b"head", _HEAD.pack(_FORMAT, head.applied, head.generation, head.unplaced))
-
-
-def _generation(generation: int) -> bytes:
-    return b"generation/" + str(generation).encode()
+def _pack(head: _Head) -> bytes:
+    return _HEAD.pack(_FORMAT, head.applied, head.generation, head.unplaced)

@@ -25,7 +25,7 @@ from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import EVENT_ID, SEQUENCE
 from pipelines.features import derived
 from pipelines.features.offline import backfill
-from pipelines.features.online import OnlineState, state_path
+from pipelines.features.online import open_state
 from pipelines.features.served import inputs_of, outcomes_table, predictions_table
 from pipelines.features.skew import SkewReport, audit
 from pipelines.ingest import LoadReport, ingest
@@ -297,7 +297,7 @@ class Demo:
         self._open.close()
 
     def _audit(self, logged: pa.Table) -> SkewReport:
-        state = OnlineState(state_path(self.settings, self.use_case), self.use_case)
+        state = open_state(self.settings, self.use_case)
         report = audit(self.use_case, logged, tables=self.tables, generations=state.generation)
         state.close()
         expect(report.mismatched == 0, f"{report.mismatched} of {report.checked} vectors differ: {report.by_feature}")

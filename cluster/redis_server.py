@@ -1,0 +1,93 @@
+"""Connections to one Redis server, and the proof that it keeps what it acknowledges.
+
+Errors of the server never show its credentials: a server is named by ``where``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError
+from redis.retry import Retry
+
+from cluster.redis_url import address, check_url
+
+T = TypeVar("T")
+
+_CONNECT_S, _ANSWER_S, _PAUSE_S = 2.0, 10.0, 0.05
+# What must hold of a server that never loses what it acknowledged, and what else loses it.
+_DURABLE = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
+
+
+class RedisServer:
+    """A server by URL; threads share the object, each using a connection of its own. A forked child may go on."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ``ValueError`` for a URL that is not taken; nothing is connected yet."""
+        check_url(url)
+        self.where = address(url)
+        # A second try at once: after a restart of the server a pooled connection is dead once.
+        self.client: Any = redis.Redis.from_url(
+            url,
+            protocol=2,
+            socket_connect_timeout=_CONNECT_S,
+            socket_timeout=_ANSWER_S,
+            retry=Retry(NoBackoff(), 1),
+        )
+
+    def script(self, text: str) -> Callable[[list[bytes], list[Any]], Any]:
+        """A Lua script as a function of its keys and arguments; all keys must lie in one hash slot."""
+        registered = self.client.register_script(text)
+        return lambda keys, arguments: registered(keys, arguments)
+
+    def patiently(self, ask: Callable[[], T], patience_s: float) -> T:
+        """``ask()``, again and again while the server does not answer; the last error after ``patience_s``."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return ask()
+            except (AuthenticationError, AuthorizationError):
+                raise  # trying again changes nothing
+            except (redis.ConnectionError, redis.TimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
+
+    def require_durable(self, *, guaranteed: bool) -> None:
+        """Raises ``ValueError``, saying what to set, unless acknowledged writes survive a crash of the server.
+
+        With ``guaranteed`` a server that does not show its configuration is believed.
+        """
+        asked = (*_DURABLE, "maxmemory", "maxmemory-policy")
+        try:
+            found: dict[str, str] = {}
+            for name in asked:
+                found |= self.client.config_get(name)
+        except redis.ResponseError as error:
+            if guaranteed:
+                return
+            raise ValueError(
+                f"Redis at {self.where} does not show whether it keeps what it acknowledges ({error}): allow CONFIG "
+                "GET, or, if its operator guarantees that an acknowledged write survives a crash, set "
+                "TIDEGATE_STATE_DURABILITY=guaranteed"
+            ) from None
+        wrong = [
+            f"{name} {found.get(name)} (must be {value})"
+            for name, value in _DURABLE.items()
+            if found.get(name) != value
+        ]
+        if found.get("maxmemory") != "0" and found.get("maxmemory-policy", "").startswith("allkeys"):
+            wrong.append(f"maxmemory-policy {found['maxmemory-policy']} (must be noeviction: evicted records are lost)")
+        if wrong:
+            raise ValueError(
+                f"Redis at {self.where} may lose what it acknowledges: {', '.join(wrong)}; use CONFIG SET and its "
+                "configuration file"
+            )
+
+    def close(self) -> None:
+        """Closes the connections; the object is of no use afterwards."""
+        self.client.close()
