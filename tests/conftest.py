@@ -13,6 +13,7 @@ import pytest
 
 from cluster import session
 from cluster.settings import Settings
+from tests import services
 
 _HOME = Path(tempfile.mkdtemp(prefix="tidegate-tests-"))
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
@@ -45,6 +46,23 @@ def cluster() -> Iterator[Settings]:
 @pytest.fixture(scope="session")
 def ray_cluster(cluster: Settings) -> None:
     """For tests that need Ray alone."""
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[services.RedisServer]:
+    """A Redis server; what a test leaves there, the next one that uses ``place`` does not find."""
+    with services.redis() as server:
+        yield server
+
+
+@pytest.fixture(params=["lmdb", "redis"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where log and state are kept, empty: on each of the two backends; see ``tests.backends``."""
+    if request.param == "lmdb":
+        return str(tmp_path)
+    server: services.RedisServer = request.getfixturevalue("redis_server")
+    server.empty()
+    return server.url
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real services that tests start for themselves: PostgreSQL from Debian's binaries, S3 from moto."""
+"""Real services that tests start for themselves: PostgreSQL and Redis from Debian's binaries, S3 from moto."""
 
 from __future__ import annotations
 
@@ -88,3 +88,65 @@ def s3(bucket: str) -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+class RedisServer:
+    """A Redis server of a test's own that keeps what it acknowledges; it can be killed and started again."""
+
+    def __init__(self) -> None:
+        binary = shutil.which("redis-server")
+        if binary is None:
+            raise FileNotFoundError("no redis-server on the path: run `make deps`, which installs it")
+        self._home = Path(tempfile.mkdtemp(prefix="tidegate-redis-"))
+        self._socket = self._home / "socket"
+        self._command = [
+            binary, "--port", "0", "--unixsocket", str(self._socket), "--dir", str(self._home), "--save", "",
+            "--appendonly", "yes", "--appendfsync", "always", "--logfile", str(self._home / "log"),
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """The URL of the server's first database."""
+        return f"unix://{self._socket}?db=0"
+
+    def start(self) -> None:
+        """Returns when the server answers, with all that it kept."""
+        self._process = subprocess.Popen(self._command)
+        deadline = time.monotonic() + 60
+        while self.ask("PING") != "PONG":
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Redis did not start:\n{(self._home / 'log').read_text()}")
+            time.sleep(0.02)
+
+    def ask(self, *command: str) -> str:
+        """What the server answers to a command of ``redis-cli``."""
+        done = subprocess.run(["redis-cli", "-s", self._socket, *command], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def empty(self) -> None:
+        """Forgets everything."""
+        if self.ask("FLUSHALL") != "OK":
+            raise RuntimeError(f"Redis does not answer:\n{(self._home / 'log').read_text()}")
+
+    def kill(self) -> None:
+        """SIGKILL, in the middle of whatever it does."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Ends the server and removes its files."""
+        self.kill()
+        shutil.rmtree(self._home)
+
+
+@contextmanager
+def redis() -> Iterator[RedisServer]:
+    """A new, empty Redis server, which is gone at the end."""
+    server = RedisServer()
+    try:
+        yield server
+    finally:
+        server.close()

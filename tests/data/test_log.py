@@ -1,8 +1,8 @@
-"""The durable log against a list-and-dict oracle: sequences, duplicates, generations, trims, reopening."""
+"""Both durable logs against a list-and-dict oracle: sequences, duplicates, generations, trims, reopening."""
 
 from __future__ import annotations
 
-import tempfile
+import itertools
 import threading
 from concurrent.futures import Future
 
@@ -10,9 +10,17 @@ import lmdb
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from cluster.log import DurableLog, GroupCommit, LogFull, LogRecord, Record
+from cluster.log import DurableLog, GroupCommit, Log, LogFull, LogRecord, Record
+from cluster.redis_log import RedisLog
+from tests.backends import on_redis, open_log
 
 REMEMBER = 100
 STREAMS = st.sampled_from(["events", "quarantine", "é"])
@@ -28,10 +36,10 @@ class LogMachine(RuleBasedStateMachine):
     oracle then follows the log, and holds it to its word at every other age.
     """
 
-    @initialize()
-    def start(self):
-        self.directory = tempfile.TemporaryDirectory()
-        self.log = DurableLog(self.directory.name, remember_us=REMEMBER, map_bytes=1 << 24)
+    def __init__(self, place: str, name: str) -> None:
+        super().__init__()
+        self.place, self.name = place, name
+        self.log = open_log(place, name, remember_us=REMEMBER)
         self.kept: dict[str, list[LogRecord]] = {}
         self.last: dict[str, int] = {}
         self.known: dict[str, int] = {}
@@ -75,10 +83,13 @@ class LogMachine(RuleBasedStateMachine):
     @rule(stream=STREAMS, numbers=st.lists(st.integers(0, 12), max_size=4))
     def remember(self, stream, numbers):
         self.latest = max(self.latest, self.now)
+        identities = [b"id%d" % number for number in numbers]
         with self.log.transaction(self.now) as txn:
-            for identity in (b"id%d" % number for number in numbers):
-                if txn.remember(stream, [identity]):
-                    self.remembered[stream, identity] = self.latest
+            new = txn.remember(stream, identities)
+        assert len(new) == len(identities)
+        self.remembered |= {
+            (stream, identity): self.latest for identity, was in zip(identities, new, strict=True) if was
+        }
 
     @rule(stream=STREAMS, records=RECORDS)
     def abort(self, stream, records):
@@ -101,7 +112,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self):
         self.log.close()
-        self.log = DurableLog(self.directory.name, remember_us=REMEMBER, map_bytes=1 << 24)
+        self.log = open_log(self.place, self.name, remember_us=REMEMBER)
 
     @rule(stream=STREAMS, after=st.integers(0, 40), limit=st.none() | st.integers(0, 5))
     def read(self, stream, after, limit):
@@ -118,20 +129,32 @@ class LogMachine(RuleBasedStateMachine):
             assert self.log.first(stream) == (kept[0].sequence if kept else last + 1)
 
     def teardown(self):
-        if hasattr(self, "log"):
-            self.log.close()
-            self.directory.cleanup()
+        self.log.close()
 
 
-TestLog = LogMachine.TestCase
-TestLog.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+def test_the_log_does_what_a_list_and_a_dict_would(place):
+    numbers = itertools.count()
+    steps = settings(max_examples=40, stateful_step_count=30, deadline=None)
+    run_state_machine_as_test(lambda: LogMachine(place, f"log{next(numbers)}"), settings=steps)
 
 
 @pytest.fixture
-def log(tmp_path):
-    log = DurableLog(tmp_path / "log", remember_us=REMEMBER)
+def log(place):
+    log = open_log(place, remember_us=REMEMBER)
     yield log
     log.close()
+
+
+def append(log: Log, now: int, *records: Record) -> list[int | None]:
+    with log.transaction(now) as txn:
+        return txn.append("events", records)
+
+
+def small(place: str) -> tuple[Log, list[Record]]:
+    """A log, and records that are too much for it."""
+    if on_redis(place):
+        return open_log(place, remember_us=REMEMBER, most_pending=2), [Record(None, b"x")] * 3
+    return open_log(place, remember_us=REMEMBER, map_bytes=1 << 20), [Record(None, b"x" * (1 << 21))]
 
 
 class Ticking:
@@ -144,19 +167,24 @@ class Ticking:
 
 
 def test_an_unknown_format_is_an_error_that_says_so(log):
-    with log.transaction(1) as txn:
-        txn.append("events", [Record(None, b"a")])
-    with log._env.begin(write=True) as raw:
-        key, blob = next(iter(raw.cursor(log._records)))
-        raw.put(key, b"\x09" + blob[1:], db=log._records)
-    with pytest.raises(ValueError, match=r"record 1 of stream 'events' .* has format 9; this code reads format 1"):
+    append(log, 1, Record(None, b"a"))
+    if isinstance(log, RedisLog):
+        log.trim("events", 1)
+        fields = {"format": 9, "known_at": 1, "value": b"a"}
+        log._server.client.xadd(log._records("events"), fields, "2-0")
+        where = "record 2 of stream 'events'"
+    else:
+        with log._env.begin(write=True) as raw:
+            key, blob = next(iter(raw.cursor(log._records)))
+            raw.put(key, b"\x09" + blob[1:], db=log._records)
+        where = "record 1 of stream 'events'"
+    with pytest.raises(ValueError, match=where + ".* has format 9; this code reads format 1"):
         log.read("events", 0)
 
 
 def test_known_at_never_goes_back_along_a_stream(log):
     for now in (7, 5, 9):
-        with log.transaction(now) as txn:
-            txn.append("events", [Record(None, b"a")])
+        append(log, now, Record(None, b"a"))
     with log.transaction(6) as txn:
         txn.append("others", [Record(None, b"a")])
     assert [record.known_at_us for record in log.read("events", 0)] == [7, 7, 9]
@@ -165,10 +193,9 @@ def test_known_at_never_goes_back_along_a_stream(log):
 
 def test_a_clock_that_goes_back_forgets_nothing_early(log):
     for now in (1_000, 1_060, 1_110, 1_160, 1_140):
-        with log.transaction(now) as txn:
-            txn.append("events", [Record(b"%d" % now, b"")])
-    with log.transaction(1_255) as txn:  # the last identity came in when 1160 had been seen
-        assert txn.append("events", [Record(b"1140", b"")]) == [None]
+        append(log, now, Record(b"%d" % now, b""))
+    # the last identity came in when 1160 had been seen
+    assert append(log, 1_255, Record(b"1140", b"")) == [None]
 
 
 def test_trimming_beyond_the_end_is_refused(log):
@@ -181,29 +208,32 @@ def test_what_is_not_bytes_is_refused_before_anything_is_written(log, record):
     with log.transaction(1) as txn:
         with pytest.raises(TypeError, match="must be bytes"):
             txn.append("events", [Record(b"good", b"good"), record])
-        assert txn.append("events", [Record(b"good", b"again")]) == [1]
+        answer = txn.append("events", [Record(b"good", b"again")])
+    assert answer == [1]
 
 
-def test_a_full_map_is_a_clear_error_and_leaves_the_log_usable(tmp_path):
-    log = DurableLog(tmp_path, remember_us=REMEMBER, map_bytes=1 << 20)
-    with pytest.raises(LogFull, match="let it drain"), log.transaction(1) as txn:
-        txn.append("events", [Record(None, b"x" * (1 << 21))])
-    with log.transaction(1) as txn:
-        assert txn.append("events", [Record(None, b"x")]) == [1]
+@pytest.mark.parametrize("name", ["", "x" * 401])
+def test_a_stream_has_a_name_of_bounded_length(log, name):
+    with pytest.raises(ValueError, match="1 to 400 bytes"), log.transaction(1) as txn:
+        txn.append(name, [Record(None, b"")])
+
+
+def test_a_full_log_is_a_clear_error_and_is_usable_afterwards(place):
+    log, too_much = small(place)
+    with pytest.raises(LogFull, match="let it drain"):
+        append(log, 1, *too_much)
+    assert append(log, 1, Record(b"a", b"x"), Record(b"a", b"x")) == [1, None]
     log.close()
 
 
-def test_a_shorter_memory_than_before_still_forgets(tmp_path):
-    log = DurableLog(tmp_path, remember_us=1_000_000)
+def test_a_shorter_memory_than_before_still_forgets(place):
+    log = open_log(place, remember_us=1_000_000)
     for now in (1, 600_000, 1_100_000):
-        with log.transaction(now) as txn:
-            txn.append("events", [Record(b"%d" % now, b"")])
+        append(log, now, Record(b"%d" % now, b""))
     log.close()
-    log = DurableLog(tmp_path, remember_us=10)
-    with log.transaction(1_600_000) as txn:
-        assert txn.append("events", [Record(b"1100000", b"")]) == [None]
-    with log.transaction(4_000_000) as txn:
-        assert txn.append("events", [Record(b"1100000", b""), Record(b"1", b"")]) == [4, 5]
+    log = open_log(place, remember_us=10)
+    assert append(log, 1_600_000, Record(b"1100000", b"")) == [None]
+    assert append(log, 4_000_000, Record(b"1100000", b""), Record(b"1", b"")) == [4, 5]
     log.close()
 
 
@@ -240,14 +270,14 @@ def test_one_bad_submission_fails_alone(log):
     group.close()
 
 
-def test_a_submission_too_big_for_the_map_fails_alone(tmp_path):
-    log = DurableLog(tmp_path, remember_us=REMEMBER, map_bytes=1 << 20)
+def test_a_submission_too_big_for_the_log_fails_alone(place):
+    log, too_much = small(place)
     entered, go = threading.Event(), threading.Event()
     group = GroupCommit(log, Ticking(), lambda: (entered.set(), go.wait(30)))
     group.submit("events", [])
     entered.wait(30)
     good = group.submit("events", [Record(None, b"a")])
-    big = group.submit("events", [Record(None, b"x" * (1 << 21))])
+    big = group.submit("events", too_much)
     go.set()
     assert good.result(30) == [1]
     assert isinstance(big.exception(30), LogFull)
@@ -323,6 +353,8 @@ def test_a_cancelled_submission_is_not_written(log):
     assert [record.value for record in log.read("events", 0)] == [b"a"]
 
 
-def test_a_path_is_opened_once_per_process(log):
+def test_a_path_is_opened_once_per_process(tmp_path):
+    log = DurableLog(tmp_path, remember_us=REMEMBER)
     with pytest.raises(lmdb.Error):
-        DurableLog(log.path, remember_us=REMEMBER)
+        DurableLog(tmp_path, remember_us=REMEMBER)
+    log.close()

@@ -99,6 +99,7 @@ def test_nodes_have_settings_that_several_nodes_can_share(node_environment):
     assert settings.tables_url.startswith("s3://")
     assert settings.mlflow_artifacts.startswith("s3://")
     assert settings.database_url.startswith("postgresql://")
+    assert (settings.state_url or "").startswith("rediss://")
     assert settings.mlflow_url.startswith("postgresql+psycopg://")
 
 

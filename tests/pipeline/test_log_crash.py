@@ -1,4 +1,4 @@
-"""The log under SIGKILL: whatever a writer acknowledged is there once, and the survivors go on."""
+"""Both logs under SIGKILL: whatever a writer acknowledged is there once, and the survivors go on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from cluster.log import DurableLog, Record
+from cluster.log import Record
+from tests.backends import open_log
 
 ROOT = Path(__file__).parents[2]
-REMEMBER = 3_600_000_000
 
 # Writes numbered records by group commit from two threads and prints a number once it is acknowledged.
 WRITER = """
 import os, sys, threading
 from cluster.clock import SystemClock
-from cluster.log import DurableLog, GroupCommit, Record
+from cluster.log import GroupCommit, Record
+from tests.backends import open_log
 
-log = DurableLog(sys.argv[1], remember_us=3_600_000_000)
+log = open_log(sys.argv[1])
 group = GroupCommit(log, SystemClock())
 
 def write(name):
@@ -37,8 +38,8 @@ for name in sys.argv[2:]:
 """
 
 
-def _start(path: Path, *names: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", WRITER, str(path), *names]
+def _start(place: str, *names: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WRITER, place, *names]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
 
 
@@ -54,10 +55,10 @@ def _kill_after(writer: subprocess.Popen[bytes], seconds: float) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.2, 0.35])
-def test_every_acknowledged_record_of_a_killed_writer_is_there_once(tmp_path, seconds):
-    acknowledged = _kill_after(_start(tmp_path, "a", "b"), seconds)
+def test_every_acknowledged_record_of_a_killed_writer_is_there_once(place, seconds):
+    acknowledged = _kill_after(_start(place, "a", "b"), seconds)
     assert len(acknowledged) > 2
-    log = DurableLog(tmp_path, remember_us=REMEMBER)
+    log = open_log(place)
     records = log.read("events", 0)
     values = [record.value for record in records]
     assert [record.sequence for record in records] == list(range(1, len(records) + 1))
@@ -70,14 +71,14 @@ def test_every_acknowledged_record_of_a_killed_writer_is_there_once(tmp_path, se
     log.close()
 
 
-def test_a_killed_writer_does_not_stop_the_others(tmp_path):
-    victim, survivor = _start(tmp_path, "victim"), _start(tmp_path, "survivor")
+def test_a_killed_writer_does_not_stop_the_others(place):
+    victim, survivor = _start(place, "victim"), _start(place, "survivor")
     assert survivor.stdout is not None
     survivor.stdout.readline()
     dead = _kill_after(victim, 0.2)
     alive = [survivor.stdout.readline() for _ in range(50)]  # goes on after the other's death
     alive = [line[:-1] for line in alive] + _kill_after(survivor, 0.05)
-    log = DurableLog(tmp_path, remember_us=REMEMBER)
+    log = open_log(place)
     records = log.read("events", 0)
     values = [record.value for record in records]
     assert [record.sequence for record in records] == list(range(1, len(records) + 1))
@@ -88,14 +89,14 @@ def test_a_killed_writer_does_not_stop_the_others(tmp_path):
     log.close()
 
 
-def test_a_trim_survives_a_kill(tmp_path):
-    _kill_after(_start(tmp_path, "a"), 0.05)
-    log = DurableLog(tmp_path, remember_us=REMEMBER)
+def test_a_trim_survives_a_kill(place):
+    _kill_after(_start(place, "a"), 0.05)
+    log = open_log(place)
     last = log.last("events")
     log.trim("events", last)
     log.close()
-    _kill_after(_start(tmp_path, "b"), 0.05)
-    log = DurableLog(tmp_path, remember_us=REMEMBER)
+    _kill_after(_start(place, "b"), 0.05)
+    log = open_log(place)
     records = log.read("events", 0)
     assert log.first("events") == last + 1 == records[0].sequence
     assert all(record.value.startswith(b"b-") for record in records)

@@ -1,8 +1,8 @@
-"""Entity state as a projection of the ingest log: restarts, rebuilds, several processes, and its reader."""
+"""Entity state as a projection of the ingest log, on both backends: restarts, rebuilds, its reader, the oracle."""
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.log import DurableLog, Record
+from cluster.log import Log, Record
 from pipelines.contracts.events import decode_events, encode_event, event_order, from_microseconds
 from pipelines.features.online import NO_TABLE, OnlineState
 from pipelines.features.served import Status
 from pipelines.features.state import StateError
-from pipelines.features.stores import Store, StoreFull
+from pipelines.features.stores import StoreFull, Transaction
+from pipelines.features.stores.lmdb import LmdbStore
 from pipelines.spec import FeatureView, ModelSpec, Split, Target, UseCase
+from tests.backends import open_log, open_state
 from tests.data.oracle import Event, features
-from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, same_bits
+from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, World, same_bits, worlds
 
 MINUTE = 60_000_000
 
@@ -38,7 +42,7 @@ def record(meter: str, at: int, flow: float | None, level: float | None = None) 
     return {"meter": meter, "at": from_microseconds(at), "flow": flow, "level": level}
 
 
-def write(log: DurableLog, records: list[dict[str, object]], now: int) -> None:
+def write(log: Log, records: list[dict[str, object]], now: int) -> None:
     with log.transaction(now) as txn:
         txn.append("events", [Record(None, encode_event(CONTRACT, r)) for r in records])
 
@@ -47,6 +51,12 @@ def bulk(records: list[dict[str, object]], sequences: list[int] | None = None) -
     blobs = [encode_event(CONTRACT, r) for r in records]
     known = [int(r["at"].timestamp() * 1_000_000) for r in records]
     return decode_events(CONTRACT, blobs, known, sequences or [0] * len(records), load_id="bulk", buckets=4)
+
+
+def bulk_row(log: Log, sequence: int) -> pa.Table:
+    """A record of the log as a row of the events table."""
+    (found,) = log.read("events", sequence - 1, 1)
+    return decode_events(CONTRACT, [found.value], [found.known_at_us], [sequence], load_id="drain", buckets=4)
 
 
 def oracle(records: list[tuple[dict[str, object], int]], meter: str, now: int) -> np.ndarray:
@@ -60,20 +70,56 @@ def oracle(records: list[tuple[dict[str, object], int]], meter: str, now: int) -
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[DurableLog]:
-    opened = DurableLog(tmp_path / "log", remember_us=3_600_000_000)
+def log(place: str) -> Iterator[Log]:
+    opened = open_log(place)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def online(tmp_path: Path) -> Iterator[OnlineState]:
-    opened = OnlineState(tmp_path / "state", use_case())
+def online(place: str) -> Iterator[OnlineState]:
+    opened = open_state(place, use_case())
     yield opened
     opened.close()
 
 
-def test_projected_state_reads_as_the_oracle_says(log: DurableLog, online: OnlineState) -> None:
+def test_state_equals_the_oracle_whatever_was_projected_reopened_or_rebuilt(place: str) -> None:
+    numbers = itertools.count()
+
+    @given(worlds(most=25), st.data())
+    @settings(max_examples=30, deadline=None)
+    def holds(world: World, data: st.DataObject) -> None:
+        log = open_log(place, f"log{next(numbers)}")
+        # A generation of its own, so that what an earlier example left is gone.
+        state = open_state(place, use_case())
+        state.materialize([], 0, log)
+        told: dict[int, tuple[dict[str, object], int]] = {}
+        rows: list[dict[str, object]] = []
+        done = 0
+        for read in world.reads:
+            for event in world.events[done : read.cut]:
+                if event.time not in told:  # an event of one meter and one time is one event
+                    rows.append(record("m", event.time, event.values["flow"], event.values["level"]))
+                    told[event.time] = rows[-1], event.known_at
+                    write(log, rows[-1:], event.known_at)
+            done = read.cut
+            if data.draw(st.booleans()):
+                state.close()
+                state = open_state(place, use_case())
+            if data.draw(st.booleans()):
+                cut = data.draw(st.integers(0, len(rows)))
+                table = [bulk_row(log, sequence) for sequence in range(1, cut + 1)]
+                state.materialize([pa.concat_tables(table)] if table else [], 1, log, drained=cut)
+            assert state.project(log) == len(rows)
+            got = state.bind().read(["m"], read.now).values[0]
+            assert same_bits(got, oracle(list(told.values()), "m", read.now))
+        state.close()
+        log.close()
+
+    holds()
+
+
+def test_projected_state_reads_as_the_oracle_says(log: Log, online: OnlineState) -> None:
     told: list[tuple[dict[str, object], int]] = []
     rng = np.random.default_rng(3)
     now = BASE
@@ -95,21 +141,21 @@ def test_projected_state_reads_as_the_oracle_says(log: DurableLog, online: Onlin
     assert online.entities() == 2
 
 
-def test_projecting_again_or_after_a_restart_applies_nothing_twice(log: DurableLog, tmp_path: Path) -> None:
+def test_projecting_again_or_after_a_restart_applies_nothing_twice(log: Log, place: str) -> None:
     write(log, [record("a", BASE, 1.0), record("a", BASE + 1, 2.0)], BASE + 1)
-    first = OnlineState(tmp_path / "s", use_case())
+    first = open_state(place, use_case())
     first.project(log)
     first.project(log)
     first.close()
     write(log, [record("a", BASE + 2, 3.0)], BASE + 2)
-    again = OnlineState(tmp_path / "s", use_case())
+    again = open_state(place, use_case())
     again.project(log)
     count = again.plan.features.index("flow_count_1m")
     assert again.bind().read(["a"], BASE + 2).values[0, count] == 3.0
     again.close()
 
 
-def test_materialized_state_is_table_rows_and_the_log_after_them(log: DurableLog, online: OnlineState) -> None:
+def test_materialized_state_is_table_rows_and_the_log_after_them(log: Log, online: OnlineState) -> None:
     history = [record("a", BASE + i * MINUTE, float(i) / 3, 1.0) for i in range(20)]
     later = [record("a", BASE + 20 * MINUTE, 0.1), record("b", BASE + 20 * MINUTE, 7.0)]
     now = BASE + 20 * MINUTE
@@ -126,7 +172,7 @@ def test_materialized_state_is_table_rows_and_the_log_after_them(log: DurableLog
     assert same_bits(online.bind().read(["a"], now).values[0], read.values[0])
 
 
-def test_a_rebuild_that_fails_leaves_the_old_state(log: DurableLog, online: OnlineState) -> None:
+def test_a_rebuild_that_fails_leaves_the_old_state(log: Log, online: OnlineState) -> None:
     write(log, [record("a", BASE, 1.0)], BASE)
     online.project(log)
     before = online.bind().read(["a"], BASE).values
@@ -141,59 +187,35 @@ def test_a_rebuild_that_fails_leaves_the_old_state(log: DurableLog, online: Onli
     assert online.applied() == 1
 
 
-def test_a_gap_in_the_log_is_an_error_that_says_to_rebuild(log: DurableLog, online: OnlineState) -> None:
+def test_a_gap_in_the_log_is_an_error_that_says_to_rebuild(log: Log, online: OnlineState) -> None:
     write(log, [record("a", BASE, 1.0), record("a", BASE + 1, 2.0)], BASE + 1)
     log.trim("events", 1)
     with pytest.raises(StateError, match="--materialize"):
         online.project(log)
 
 
-def test_state_ahead_of_the_log_is_an_error(log: DurableLog, online: OnlineState, tmp_path: Path) -> None:
+def test_state_ahead_of_the_log_is_an_error_and_a_rebuild_its_remedy(log: Log, online: OnlineState, place: str) -> None:
     write(log, [record("a", BASE, 1.0)], BASE)
     online.project(log)
-    young = DurableLog(tmp_path / "another", remember_us=1_000_000)
+    young = open_log(place, "another")
     with pytest.raises(StateError, match="holds 1 to 0"):
         online.project(young)
+    online.materialize([bulk([record("b", BASE, 1.0)])], 1, young)
+    assert (online.project(young), online.names()) == (0, ["b"])
     young.close()
 
 
-def test_a_changed_view_has_a_state_of_its_own(log: DurableLog, online: OnlineState, tmp_path: Path) -> None:
+def test_a_changed_view_has_a_state_of_its_own(log: Log, online: OnlineState, place: str) -> None:
     write(log, [record("a", BASE, 1.0)], BASE)
     online.project(log)
-    narrower = OnlineState(tmp_path / "state", use_case(VIEW.model_copy(update={"lags": ()})))
+    narrower = open_state(place, use_case(VIEW.model_copy(update={"lags": ()})))
     assert narrower.applied() == 0
     assert narrower.project(log) == 1
     assert narrower.bind().read(["a"], BASE).values.shape[1] == len(VIEW.stored) - 2
     narrower.close()
 
 
-def _project_many(home: str, rounds: int) -> None:
-    log = DurableLog(Path(home) / "log", remember_us=3_600_000_000)
-    state = OnlineState(Path(home) / "state", use_case())
-    for i in range(rounds):
-        with log.transaction(BASE + i) as txn:
-            txn.append("events", [Record(None, encode_event(CONTRACT, record("a", BASE + i, 1.0)))])
-        state.project(log)
-    state.close()
-    log.close()
-
-
-def test_several_processes_project_one_log_without_loss(log: DurableLog, tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_project_many, args=(str(tmp_path), 60)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    state = OnlineState(tmp_path / "state", use_case())
-    assert state.applied() == log.last("events") == 120
-    count = state.plan.features.index("flow_count_1m")
-    assert state.bind().read(["a"], BASE + 60).values[0, count] == 120.0
-    state.close()
-
-
-def test_stale_values_are_flagged_by_the_reader(log: DurableLog, online: OnlineState) -> None:
+def test_stale_values_are_flagged_by_the_reader(log: Log, online: OnlineState) -> None:
     write(log, [record("a", BASE, 1.0)], BASE)
     online.project(log)
     mean = online.plan.features.index("flow_mean_1m")
@@ -202,30 +224,67 @@ def test_stale_values_are_flagged_by_the_reader(log: DurableLog, online: OnlineS
     assert read.age_s[0, mean] == 51.0
 
 
-def test_a_full_store_says_so(tmp_path: Path) -> None:
-    store = Store(tmp_path / "small", map_bytes=64 * 1024)
+def test_names_and_numbers_of_entities_survive_a_rebuild(log: Log, online: OnlineState) -> None:
+    assert (online.entities(), online.names()) == (0, [])
+    write(log, [record(name, BASE, 1.0) for name in ("b", "head", "é")], BASE)
+    online.project(log)
+    assert (online.entities(), online.names()) == (3, ["b", "head", "é"])
+    online.materialize([bulk([record("c", BASE, 1.0)])], 1, log)
+    assert (online.entities(), online.names()) == (4, ["b", "c", "head", "é"])
 
-    def fill() -> None:
-        with store.writing() as txn:
-            for i in range(100):
-                txn.put(f"entity {i}", bytes(4096))
+
+def test_a_rebuild_from_the_past_is_refused_when_the_log_no_longer_has_what_follows(
+    log: Log, online: OnlineState
+) -> None:
+    write(log, [record("a", BASE + i, 1.0) for i in range(3)], BASE + 3)
+    online.project(log)
+    log.trim("events", 2)
+    with pytest.raises(StateError, match="holds 3 to 3"):
+        online.materialize([bulk([record("a", BASE, 1.0)])], 1, log, drained=1)
+    assert (online.generation(0), online.position()) == (NO_TABLE, (0, 3))
+
+
+def test_a_change_that_raises_changes_nothing(online: OnlineState) -> None:
+    def failing(txn: Transaction) -> None:
+        txn.put("a", b"state")
+        txn.put_head(b"head")
+        raise OSError("not this time")
+
+    with pytest.raises(OSError, match="not this time"):
+        online.store.change(failing)
+    assert (online.entities(), online.position()) == (0, (0, 0))
+
+
+def test_a_rebuild_that_is_not_published_is_an_error_and_changes_nothing(log: Log, online: OnlineState) -> None:
+    write(log, [record("a", BASE, 1.0)], BASE)
+    online.project(log)
+    with pytest.raises(RuntimeError, match="without being published"), online.store.rebuilding() as rebuild:
+        rebuild.put("b", b"state")
+    assert online.names() == ["a"]
+
+
+def test_a_full_store_says_so(tmp_path: Path) -> None:
+    store = LmdbStore(tmp_path / "small", map_bytes=64 * 1024)
+
+    def fill(txn: Transaction) -> None:
+        for i in range(100):
+            txn.put(f"entity {i}", bytes(4096))
 
     with pytest.raises(StoreFull, match="65536 bytes"):
-        fill()
+        store.change(fill)
     store.close()
 
 
 def test_state_of_another_boot_is_forgotten(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s")
-    with store.writing() as txn:
-        txn.put("a" * 600, b"state")
+    store, name = LmdbStore(tmp_path / "s"), "a" * 600
+    store.change(lambda txn: txn.put(name, b"state"))
     store.close()
-    again = Store(tmp_path / "s")
-    with again.reading() as txn:
-        assert bytes(txn.get("a" * 600) or b"") == b"state"
+    again = LmdbStore(tmp_path / "s")
+    with again.reading([name]) as snapshot:
+        assert [bytes(blob or b"") for blob in snapshot.blobs] == [b"state"]
     again.close()
     (tmp_path / "s" / "boot").write_text("another boot")
-    empty = Store(tmp_path / "s")
-    with empty.reading() as txn:
-        assert txn.get("a" * 600) is None
+    empty = LmdbStore(tmp_path / "s")
+    with empty.reading([name]) as snapshot:
+        assert list(snapshot.blobs) == [None]
     empty.close()

@@ -1,0 +1,216 @@
+"""State and log of both backends between processes: concurrent writers, SIGKILL, rebuilds under load, readers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipelines.features.online import OnlineState
+from tests.backends import open_log, open_state
+from tests.data.worlds import BASE, same_bits
+from tests.pipeline.test_online_state import bulk, record, use_case
+
+ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("KILLS", "5"))
+REBUILDS = 10
+NOW = BASE + 5_000_000
+
+# Every write is one event of meter a and one of meter b at the same time, so in every state both have as many.
+COMMON = """
+import os, select, sys, threading
+from cluster.log import GroupCommit, Record
+from pipelines.contracts.events import encode_event
+from tests.backends import open_log, open_state
+from tests.data.worlds import BASE, CONTRACT
+from tests.pipeline.test_online_state import record, use_case
+
+place, NOW = sys.argv[1], BASE + 5_000_000
+state = open_state(place, use_case())
+
+class Clock:
+    def now(self):
+        return NOW
+
+def pair(at):
+    rows = [record(meter, BASE + at, 0.1 * (at % 7)) for meter in ("a", "b")]
+    return [Record(b"%s|%d" % (row["meter"].encode(), BASE + at), encode_event(CONTRACT, row)) for row in rows]
+
+def told_to_stop():
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+"""
+# Ingests as a gateway does, from two threads, and prints the time of a pair once it is acknowledged.
+INGEST = (
+    COMMON
+    + """
+log = open_log(place)
+group = GroupCommit(log, Clock(), after_commit=lambda: state.project(log))
+
+def ingest(first):
+    at = first
+    while not told_to_stop():
+        group.submit("events", pair(at)).result()
+        os.write(1, b"%d\\n" % at)
+        at += 1
+
+threads = [threading.Thread(target=ingest, args=(int(first),)) for first in sys.argv[2:]]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+group.close()
+"""
+)
+# Reads all the time. Generation g was made from g pairs, and every pair of the log counts besides.
+READ = (
+    COMMON
+    + """
+reader, count = state.bind(), state.plan.features.index("flow_count_1m")
+os.write(1, b"ready\\n")
+generations = set()
+while not told_to_stop():
+    read = reader.read(["a", "b"], NOW)
+    found = read.values[:, count].tolist()
+    assert found == [read.sequence // 2 + read.generation] * 2, (found, read.sequence, read.generation)
+    generations.add(read.generation)
+os.write(1, b"%d\\n" % len(generations))
+"""
+)
+
+
+@contextmanager
+def running(code: str, place: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has printed its first line; it is gone at the end."""
+    command = [sys.executable, "-c", code, place, *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.first = process.stdout.readline()  # type: ignore[attr-defined]
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stopped(process: subprocess.Popen[bytes]) -> list[bytes]:
+    """The lines of a process that is told to stop and ends well."""
+    out, _ = process.communicate(b"stop", timeout=60)
+    assert process.returncode == 0
+    return [process.first.strip(), *out.split()]  # type: ignore[attr-defined]
+
+
+def killed(process: subprocess.Popen[bytes]) -> list[bytes]:
+    """The lines that a process had written whole when it was killed."""
+    process.send_signal(signal.SIGKILL)
+    out, _ = process.communicate()
+    return [line[:-1] for line in [process.first, *out.splitlines(True)] if line.endswith(b"\n")]  # type: ignore[attr-defined]
+
+
+def blobs(state: OnlineState) -> dict[str, bytes]:
+    names = state.names()
+    with state.store.reading(names) as snapshot:
+        return {name: bytes(blob or b"") for name, blob in zip(names, snapshot.blobs, strict=True)}
+
+
+@pytest.mark.timeout(60 + 20 * KILLS)
+def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_path: Path) -> None:
+    rng = random.Random(KILLS)
+    acknowledged: list[bytes] = []
+    with running(INGEST, place, 4_000_000) as bystander:
+        for kill in range(KILLS):
+            with running(INGEST, place, kill * 20_000, kill * 20_000 + 10_000) as victim:
+                time.sleep(rng.uniform(0, 0.2))
+                acknowledged += killed(victim)
+        acknowledged += stopped(bystander)
+
+    log, state = open_log(place), open_state(place, use_case())
+    assert state.project(log) == log.last("events")
+    records = log.read("events", 0)
+    assert [r.sequence for r in records] == list(range(1, len(records) + 1))
+    values = [r.value for r in records]
+    assert len(values) == len(set(values)), "an event is in the log twice"
+    expected = {b'["%s|%d"' % (meter, BASE + int(at)) for at in acknowledged for meter in (b"a", b"b")}
+    assert expected <= {value.split(b",")[0] for value in values}, "an acknowledged event is not in the log"
+
+    rebuilt = OnlineState(tmp_path / "rebuilt", use_case())
+    rebuilt.project(log)
+    assert blobs(state) == blobs(rebuilt)
+    for opened in (log, state, rebuilt):
+        opened.close()
+
+
+def test_readers_see_the_old_or_the_new_state_while_rebuilds_race_with_ingest(place: str) -> None:
+    log, state = open_log(place), open_state(place, use_case())
+    with running(INGEST, place, 0, 1_000_000) as ingest, running(READ, place) as reader:
+        for generation in range(1, REBUILDS + 1):
+            rows = [record(meter, BASE - 1 - i, 1.0) for i in range(generation) for meter in ("a", "b")]
+            parts = [bulk([row for row in rows if row["meter"] == meter]) for meter in ("a", "b")]
+            assert state.materialize(parts, generation, log) == generation
+            time.sleep(0.05)
+        written = len(stopped(ingest))
+        assert int(stopped(reader)[-1]) > 2, "the reader hardly saw a rebuild"
+    assert state.project(log) == log.last("events") == 2 * written
+    count = state.plan.features.index("flow_count_1m")
+    assert state.bind().read(["a", "b"], NOW).values[:, count].tolist() == [written + REBUILDS] * 2
+    assert [state.generation(g) for g in range(1, REBUILDS + 1)] == list(range(1, REBUILDS + 1))
+    state.close()
+    log.close()
+
+
+# Rebuilds from three meters, and is killed when two of them have gone in.
+KILLED_REBUILD = """
+import os, signal, sys
+from tests.backends import open_log, open_state
+from tests.data.worlds import BASE
+from tests.pipeline.test_online_state import bulk, record, use_case
+
+def parts():
+    yield bulk([record("x", BASE, 1.0)])
+    yield bulk([record("y", BASE, 1.0)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+open_state(sys.argv[1], use_case()).materialize(parts(), 7, open_log(sys.argv[1]))
+"""
+
+
+def test_a_killed_rebuild_changes_nothing_and_the_next_one_cleans_up(
+    place: str, request: pytest.FixtureRequest
+) -> None:
+    log, state = open_log(place), open_state(place, use_case())
+    state.materialize(bulk([record("a", BASE, 1.0)]), 1, log)
+    before = blobs(state)
+    done = subprocess.run([sys.executable, "-c", KILLED_REBUILD, place], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert (blobs(state), state.position()) == (before, (1, 0))
+    assert state.materialize(bulk([record("b", BASE, 1.0)]), 2, log) == 2
+    assert state.names() == ["b"]
+    if "://" in place:
+        keys = request.getfixturevalue("redis_server").ask("--scan", "--pattern", "*:entities:*").split()
+        assert len(keys) == 1, keys
+    state.close()
+    log.close()
+
+
+def test_both_backends_read_the_same_bits(redis_server, tmp_path: Path) -> None:
+    redis_server.empty()
+    rows = bulk([record(m, BASE + i * 7_000_000, i / 3, -i / 7) for i in range(40) for m in ("a", "b")])
+    read = []
+    for place in (str(tmp_path), redis_server.url):
+        log, state = open_log(place), open_state(place, use_case())
+        state.materialize(rows, 1, log)
+        read.append(state.bind().read(["b", "a", "never"], BASE + 290_000_000))
+        state.close()
+        log.close()
+    one, other = read
+    assert same_bits(one.values, other.values)
+    assert same_bits(one.age_s, other.age_s)
+    assert one.status.tolist() == other.status.tolist()
+    assert one.known.tolist() == other.known.tolist() == [True, True, False]
