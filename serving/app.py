@@ -8,10 +8,12 @@ import sys
 import time
 from typing import Any
 
+import ray
 from ray import serve
 
 from cluster import session
 from cluster.database import Database
+from cluster.redis_url import address, is_node_local
 from cluster.settings import Settings
 from pipelines import usecases
 from serving import routing
@@ -44,11 +46,41 @@ class _Gateway:
             await asyncio.to_thread(self.gateway.close)
 
 
+def refuse_node_local(settings: Settings, nodes: int) -> None:
+    """Raises ``ReleaseError``, saying what to set, when ``nodes`` nodes cannot share what ``settings`` names.
+
+    LMDB and SQLite lock and map files of one machine: on several, each node would have a log, a state and a control
+    plane of its own.
+    """
+    if nodes <= 1:
+        return
+    wrong = []
+    if settings.state_url is None:
+        wrong.append(f"log and state are LMDB files in {settings.state_dir}: set TIDEGATE_STATE_URL to a Redis server")
+    elif is_node_local(settings.state_url):
+        wrong.append(
+            f"TIDEGATE_STATE_URL is {address(settings.state_url)}, another server on every node: name its host"
+        )
+    for variable, url in (
+        ("TIDEGATE_DATABASE_URL", settings.database_url),
+        ("TIDEGATE_MLFLOW_URL", settings.mlflow_url),
+    ):
+        if url.startswith("sqlite"):
+            wrong.append(f"{variable} is a SQLite file: set it to a PostgreSQL URL")
+    if wrong:
+        raise ReleaseError(
+            f"the cluster has {nodes} nodes, and they cannot share what belongs to one: {'; '.join(wrong)}"
+        )
+
+
 def deploy(usecase: str, settings: Settings) -> RoutingTable:
     """Starts the rollout controller and, once there is a champion, the gateway; waits until it answers.
 
-    Raises ``ReleaseError`` when no version may answer.
+    Raises ``ReleaseError`` when no version may answer, or when the nodes of the cluster cannot share log, state or
+    database.
     """
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    refuse_node_local(settings, sum(node["Alive"] for node in nodes))
     use_case = usecases.load(usecase)
     database = Database(settings.database_url)
     database.create()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.redis_url import address, is_node_local
 from cluster.settings import Settings
 
 TEXT = st.text(string.ascii_letters + string.digits + "äß '\"=,:/{}", min_size=1, max_size=20)
@@ -26,6 +27,8 @@ SETTINGS = st.fixed_dictionaries(
         "mlflow_url": TEXT,
         "mlflow_artifacts": TEXT,
         "state_dir": WORD.map(lambda word: Path("/state", word)),
+        "state_url": st.none() | st.builds("redis://u:{}@{}:1/2".format, WORD, WORD),
+        "state_durability": st.sampled_from(["checked", "guaranteed"]),
         "clock": st.sampled_from(["system", "replay"]),
         "http_host": TEXT,
         "http_port": st.integers(0, 65535),
@@ -109,6 +112,15 @@ def test_variables_of_others_are_left_alone():
         ("TIDEGATE_STORAGE_OPTIONS", "{", "JSON object"),
         ("TIDEGATE_STORAGE_OPTIONS", '{"a": 1}', "TIDEGATE_STORAGE_OPTIONS"),
         ("TIDEGATE_HOME", "/srv/a?b", "must not contain"),
+        ("TIDEGATE_STATE_URL", "lmdb:///srv", "TIDEGATE_STATE_URL: .*redis://host:port/db.*, not 'lmdb'"),
+        ("TIDEGATE_STATE_URL", "host:6379", "redis://host:port/db"),
+        ("TIDEGATE_STATE_URL", "redis://", "names a host"),
+        ("TIDEGATE_STATE_URL", "redis://host:0/1", "names a host"),
+        ("TIDEGATE_STATE_URL", "redis://host:many/1", "cannot be read"),
+        ("TIDEGATE_STATE_URL", "redis://host/one", "number of a database"),
+        ("TIDEGATE_STATE_URL", "redis://host/1?socket_timeout=9", "does not take socket_timeout"),
+        ("TIDEGATE_STATE_URL", "unix://run/redis.sock", "three slashes"),
+        ("TIDEGATE_STATE_DURABILITY", "hoped", "guaranteed"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_its_variable(variable, text, reason):
@@ -123,5 +135,36 @@ def test_an_error_about_a_secret_does_not_show_it():
 
 
 def test_secrets_do_not_show_in_repr():
-    made = Settings(api_keys="hunter2", storage_options={"k": "hunter2"}, database_url="postgresql://u:hunter2@h/d")
+    made = Settings(
+        api_keys="hunter2",
+        storage_options={"k": "hunter2"},
+        database_url="postgresql://u:hunter2@h/d",
+        state_url="rediss://u:hunter2@h/1",
+    )
     assert "hunter2" not in repr(made)
+
+
+@pytest.mark.parametrize(
+    "url", ["bogus://u:hunter2@h/1", "redis://u:hunter2@h/x", "unix://u:hunter2@run/s", "redis://u:hunter2@h:x/1"]
+)
+def test_an_error_about_a_state_url_does_not_show_its_password(url):
+    with pytest.raises(ValueError) as caught:
+        Settings(state_url=url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "node_local"),
+    [
+        ("redis://u:p@cache.example:7000/3", "redis://cache.example:7000/3", False),
+        ("rediss://:p@10.0.0.7?ssl_ca_certs=/ca.pem", "rediss://10.0.0.7:6379", False),
+        ("redis://localhost", "redis://localhost:6379", True),
+        ("redis://127.0.0.1:1/0", "redis://127.0.0.1:1/0", True),
+        ("redis://[::1]:1/0", "redis://[::1]:1/0", True),
+        ("unix://u:p@/run/redis.sock?db=2", "unix:///run/redis.sock", True),
+    ],
+)
+def test_a_state_url_is_shown_without_credentials_and_known_to_reach_one_node_or_all(url, shown, node_local):
+    made = Settings(state_url=url)
+    assert made.state_url == url
+    assert (address(url), is_node_local(url)) == (shown, node_local)

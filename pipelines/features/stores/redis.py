@@ -102,7 +102,7 @@ class RedisStore:
             left: Any = self.client.smembers(building)
             for name in left:
                 self.discard_script([building, self.hash_of(name)], [name])
-        rebuild = _Rebuild(self, self.look([]))
+        rebuild = _Rebuild(self, self.look([], to_rebuild=True))
         with self.asking():
             self.client.sadd(building, rebuild.name)
         try:
@@ -163,8 +163,11 @@ class RedisStore:
                 "windows there"
             ) from None
 
-    def look(self, fields: list[bytes]) -> _Look:
-        """The head and these fields of the hash in force, of one moment."""
+    def look(self, fields: list[bytes], *, to_rebuild: bool = False) -> _Look:
+        """The head and these fields of the hash in force, of one moment.
+
+        Raises ``StateError`` when the hash is lost, which is as good as a new store to who is about to rebuild it.
+        """
         asked = [_HEAD, *fields]
         with self.asking():
             while True:
@@ -174,8 +177,8 @@ class RedisStore:
                     if found[0] is not None:
                         return _Look(found[0], found[1:], name)
                 self._name = self.client.get(self.key(b"current")) or b""
-                if not self._name:
-                    return _Look(None, [None] * len(fields), b"")
+                if not self._name or (self._name == name and to_rebuild):
+                    return _Look(None, [None] * len(fields), self._name)
                 if self._name == name:
                     raise StateError(
                         f"{self.where} has lost its entities: look whether the server evicts keys, then rebuild the "
@@ -185,7 +188,7 @@ class RedisStore:
 
 @dataclass(frozen=True)
 class _Look(Snapshot):
-    """A snapshot of the hash ``name``; of a new store, which has none yet, the name is empty."""
+    """A snapshot of the hash ``name``, which is empty for a new store."""
 
     name: bytes
 
@@ -258,7 +261,7 @@ class _Rebuild:
             self._send()
 
     def present(self) -> bytes | None:
-        self._present = self._store.look([])
+        self._present = self._store.look([], to_rebuild=True)
         return self._present.head
 
     def publish(self, head: bytes, generation: int, note: bytes) -> bool:
