@@ -37,7 +37,7 @@ class LogFull(RuntimeError):
 
 
 class LogUnavailable(ConnectionError):
-    """The log's server does not answer; whether it took the records of this call is not known."""
+    """The log's server does not answer or refuses; whether it took the records of this call may not be known."""
 
 
 @dataclass(frozen=True, slots=True)

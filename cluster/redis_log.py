@@ -239,16 +239,17 @@ class RedisLog:
     def _asking(self) -> Iterator[None]:
         try:
             yield
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise LogUnavailable(f"the log {self.where} does not answer: {error}") from error
         except redis.OutOfMemoryError:
-            raise LogFull(f"{self.where} has used its maxmemory: let the log drain, or give the server more") from None
-        except redis.ResponseError as error:
-            if not str(error).startswith("LOGFULL"):
-                raise
-            stream = str(error).removeprefix("LOGFULL ")
             raise LogFull(
-                f"stream {stream!r} of the log {self.where} may keep {self._most_pending} records: let it drain"
+                f"the server of the log {self.where} has used its maxmemory: let the log drain, or give it more"
+            ) from None
+        except redis.RedisError as error:
+            reason = str(error)
+            if not reason.startswith("LOGFULL "):
+                raise LogUnavailable(f"the log {self.where} does not answer: {reason}") from error
+            raise LogFull(
+                f"stream {reason.removeprefix('LOGFULL ')!r} of the log {self.where} may keep {self._most_pending} "
+                "records: let it drain"
             ) from None
 
 

@@ -18,15 +18,18 @@ from cluster.redis_url import address, check_url
 
 T = TypeVar("T")
 
-_CONNECT_S, _ANSWER_S, _PAUSE_S = 2.0, 10.0, 0.05
+_CONNECT_S, _PAUSE_S = 2.0, 0.05
 # What must hold of a server that never loses what it acknowledged, and what else loses it.
 _DURABLE = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
 
 
 class RedisServer:
-    """A server by URL; threads share the object, each using a connection of its own. A forked child may go on."""
+    """A server by URL; threads share the object, each using a connection of its own.
 
-    def __init__(self, url: str) -> None:
+    An answer may take ``answer_s`` seconds and a connection no more than that, at most two; both are tried twice.
+    """
+
+    def __init__(self, url: str, *, answer_s: float = 10.0) -> None:
         """Raises ``ValueError`` for a URL that is not taken; nothing is connected yet."""
         check_url(url)
         self.where = address(url)
@@ -34,8 +37,8 @@ class RedisServer:
         self.client: Any = redis.Redis.from_url(
             url,
             protocol=2,
-            socket_connect_timeout=_CONNECT_S,
-            socket_timeout=_ANSWER_S,
+            socket_connect_timeout=min(_CONNECT_S, answer_s),
+            socket_timeout=answer_s,
             retry=Retry(NoBackoff(), 1),
         )
 

@@ -10,6 +10,8 @@ from fastapi.security import HTTPBearer
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from cluster.log import LogUnavailable
+from pipelines.features.state import StateError
 from serving import wire
 from serving.auth import Principal, Scope
 from serving.problems import MEDIA_TYPE, Problem
@@ -55,6 +57,14 @@ def build_api(gateway: Gateway) -> FastAPI:
     @app.exception_handler(SQLAlchemyError)
     async def unavailable(_: Request, error: SQLAlchemyError) -> Response:
         return _response(Problem(503, "The database does not answer", "Try again; nothing is lost.", retry_after_s=1))
+
+    @app.exception_handler(LogUnavailable)
+    async def without_log(_: Request, error: LogUnavailable) -> Response:
+        return _response(Problem(503, "The log does not answer", str(error), retry_after_s=1))
+
+    @app.exception_handler(StateError)
+    async def without_state(_: Request, error: StateError) -> Response:
+        return _response(Problem(503, "State is not ready", str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

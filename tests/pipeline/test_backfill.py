@@ -25,8 +25,9 @@ from pipelines.features.offline import (
     training_rows,
     training_table,
 )
-from pipelines.features.online import OnlineState, log_path, state_path
+from pipelines.features.online import OnlineState, open_log, open_state
 from pipelines.spec import Calendar
+from tests.backends import on_redis
 from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, same_bits
 from tests.pipeline.test_online_state import MINUTE, bulk, record, use_case
 
@@ -50,6 +51,12 @@ def tables(home: Path) -> Tables:
     made.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
     made.append(events_table(CASE), history(), "load/1")
     return made
+
+
+@pytest.fixture
+def settings(home: Path, place: str) -> Settings:
+    """Settings of each backend of log and state."""
+    return Settings(home=home, state_url=place if on_redis(place) else None)
 
 
 def database(settings: Settings) -> Database:
@@ -137,39 +144,39 @@ def test_the_ray_engine_without_a_cluster_says_what_to_do(
         backfill(CASE, tables=tables, settings=Settings(home=home), engine="ray")
 
 
-def test_rebuilt_state_continues_the_table_with_the_log(tables: Tables, home: Path) -> None:
-    settings, now = Settings(home=home), BASE + 41 * MINUTE
-    log = DurableLog(log_path(settings, CASE), remember_us=1_000_000)
+def test_rebuilt_state_continues_the_table_with_the_log(tables: Tables, settings: Settings) -> None:
+    now = BASE + 41 * MINUTE
+    log = open_log(settings, CASE)
     fresh = record("m0", now, 4.5, 1.0)
     with log.transaction(now) as txn:
         txn.append("events", [Record(None, encode_event(CONTRACT, fresh))])
     log.close()
     done = job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=SystemClock())
     assert (done.generation, done.sequence, done.entities) == (1, 1, 7)
-    state = OnlineState(state_path(settings, CASE), CASE)
+    state = open_state(settings, CASE)
     assert state.generation(1) == done.events_version == tables.version(events_table(CASE))
     read = state.bind().read(["m0"], now)
     assert read.values[0, state.plan.features.index("flow_last_1m")] == 4.5
     state.close()
 
 
-def test_an_event_that_a_load_brought_is_not_taken_again_by_the_log(tables: Tables, home: Path) -> None:
-    settings = Settings(home=home, remember_seconds=3600)
+def test_an_event_that_a_load_brought_is_not_taken_again_by_the_log(tables: Tables, settings: Settings) -> None:
+    settings = settings.model_copy(update={"remember_seconds": 3600})
     clock = ReplayClock(settings.clock_file)
     clock.set(BASE + 80 * MINUTE)
     job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=clock)
     rows = history().sort_by("_known_at")
     oldest, newest = (rows.column(EVENT_ID)[i].as_py().encode() for i in (0, rows.num_rows - 1))
-    log = DurableLog(log_path(settings, CASE), remember_us=3_600_000_000)
+    log = open_log(settings, CASE)
     with log.transaction(clock.now()) as txn:
         taken = txn.append("events", [Record(newest, b"x"), Record(oldest, b"y"), Record(b"new", b"z")])
     assert taken == [None, 1, 2]  # the oldest is past what is remembered
     log.close()
 
 
-def test_state_is_rebuilt_after_a_drain_whose_last_records_were_duplicates(tables: Tables, home: Path) -> None:
-    settings, now = Settings(home=home), BASE + 41 * MINUTE
-    log = DurableLog(log_path(settings, CASE), remember_us=1_000_000)
+def test_state_is_rebuilt_after_a_drain_whose_last_records_were_duplicates(tables: Tables, settings: Settings) -> None:
+    now = BASE + 41 * MINUTE
+    log = open_log(settings, CASE)
     again = record("m0", BASE, 1.0)  # the table has this event from the load
     with log.transaction(now) as txn:
         txn.append("events", [Record(None, encode_event(CONTRACT, again))])
@@ -180,10 +187,10 @@ def test_state_is_rebuilt_after_a_drain_whose_last_records_were_duplicates(table
     assert (done.sequence, done.entities) == (1, 7)
 
 
-def test_state_is_rebuilt_from_the_newest_table_while_drains_go_on(tables: Tables, home: Path) -> None:
-    settings, now = Settings(home=home), BASE + 41 * MINUTE
+def test_state_is_rebuilt_from_the_newest_table_while_drains_go_on(tables: Tables, settings: Settings) -> None:
+    now = BASE + 41 * MINUTE
     first = backfill(CASE, tables=tables, settings=settings, engine="arrow")
-    log = DurableLog(log_path(settings, CASE), remember_us=1_000_000)
+    log = open_log(settings, CASE)
     with log.transaction(now) as txn:
         txn.append("events", [Record(None, encode_event(CONTRACT, record("m0", now, 4.5)))])
     drain(CASE, log, tables, settings)

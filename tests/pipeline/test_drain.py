@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.log import DurableLog, Record
+from cluster.log import Log, Record
 from cluster.tables import Tables
 from pipelines import drain as module
 from pipelines.contracts import events, leases
 from pipelines.drain import drain, drain_once
+from tests.backends import open_log
 from tests.pipeline.loads import START, USE_CASE, World, everything, readings, world
 
 CONTRACT = USE_CASE.contract
@@ -31,13 +32,13 @@ def here(home: Path) -> World:
 
 
 @pytest.fixture
-def log(home: Path) -> Iterator[DurableLog]:
-    log = DurableLog(home / "log", remember_us=7 * 86_400_000_000)
+def log(place: str) -> Iterator[Log]:
+    log = open_log(place)
     yield log
     log.close()
 
 
-def _append(log: DurableLog, numbers: range) -> None:
+def _append(log: Log, numbers: range) -> None:
     records = [
         Record(events.event_id(CONTRACT, row).encode(), events.encode_event(CONTRACT, row))
         for row in readings(numbers).to_pylist()
@@ -55,12 +56,12 @@ def _answer(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _put(log: DurableLog, stream: str, values: list[Any]) -> None:
+def _put(log: Log, stream: str, values: list[Any]) -> None:
     with log.transaction(NOW_US) as transaction:
         transaction.append(stream, [Record(None, json.dumps(value).encode()) for value in values])
 
 
-def test_every_stream_reaches_its_table_and_leaves_the_log(here: World, log: DurableLog) -> None:
+def test_every_stream_reaches_its_table_and_leaves_the_log(here: World, log: Log) -> None:
     _append(log, range(30))
     _put(log, "predictions", [_answer(i) for i in range(3)])
     _put(log, "outcomes", [{"prediction_id": "p1", "value": 3.5, "at": NOW_US}])
@@ -88,14 +89,14 @@ def test_every_stream_reaches_its_table_and_leaves_the_log(here: World, log: Dur
 CONTRACT_NAMES = [field.name for field in CONTRACT.fields]
 
 
-def test_a_drain_goes_on_where_the_last_one_ended(here: World, log: DurableLog) -> None:
+def test_a_drain_goes_on_where_the_last_one_ended(here: World, log: Log) -> None:
     for start in (0, 10, 20):
         _append(log, range(start, start + 10))
         drain(USE_CASE, log, here.tables, here.settings)
     assert sorted(everything(here.tables)[0].column("_sequence").to_pylist()) == list(range(1, 31))
 
 
-def test_commits_are_bounded_and_stop_where_told(here: World, log: DurableLog) -> None:
+def test_commits_are_bounded_and_stop_where_told(here: World, log: Log) -> None:
     _append(log, range(25))
     settings = here.settings.model_copy(update={"drain_rows": 10})
     drained = drain(USE_CASE, log, here.tables, settings, stop_at={"events": 15})
@@ -104,9 +105,7 @@ def test_commits_are_bounded_and_stop_where_told(here: World, log: DurableLog) -
     assert drain(USE_CASE, log, here.tables, settings).rows == {"events": 10}
 
 
-def test_an_event_that_a_load_brought_too_is_refused_as_a_duplicate(
-    here: World, log: DurableLog, tmp_path: Path
-) -> None:
+def test_an_event_that_a_load_brought_too_is_refused_as_a_duplicate(here: World, log: Log, tmp_path: Path) -> None:
     _append(log, range(10, 30))
     pq.write_table(readings(range(20)), tmp_path / "a.parquet")
     here.load([str(tmp_path / "a.parquet")])
@@ -121,7 +120,7 @@ def test_an_event_that_a_load_brought_too_is_refused_as_a_duplicate(
 
 @pytest.mark.parametrize("point", ["events", "duplicates", "trim"])
 def test_a_drain_killed_between_its_steps_repeats_and_loses_nothing(
-    here: World, log: DurableLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+    here: World, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     pq.write_table(readings(range(20)), tmp_path / "a.parquet")
     here.load([str(tmp_path / "a.parquet")])
@@ -135,7 +134,7 @@ def test_a_drain_killed_between_its_steps_repeats_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         if point == "trim":
-            patch.setattr(DurableLog, "trim", lambda *_: (_ for _ in ()).throw(Killed))
+            patch.setattr(type(log), "trim", lambda *_: (_ for _ in ()).throw(Killed))
         else:
             patch.setattr(Tables, "append", dying)
         with pytest.raises(Killed):
@@ -149,7 +148,7 @@ def test_a_drain_killed_between_its_steps_repeats_and_loses_nothing(
     assert log.pending("events") == 0
 
 
-def test_only_the_holder_of_the_lease_drains(here: World, log: DurableLog) -> None:
+def test_only_the_holder_of_the_lease_drains(here: World, log: Log) -> None:
     _append(log, range(10))
     arguments = (USE_CASE, log, here.tables, here.database, here.settings)
     assert leases.try_events(here.database, USE_CASE, "a load")
@@ -162,7 +161,7 @@ def test_only_the_holder_of_the_lease_drains(here: World, log: DurableLog) -> No
     assert leases.try_events(here.database, USE_CASE, "a load")
 
 
-def test_a_record_of_another_form_is_named_and_kept(here: World, log: DurableLog) -> None:
+def test_a_record_of_another_form_is_named_and_kept(here: World, log: Log) -> None:
     _put(log, "outcomes", [{"prediction_id": "p1", "value": 3.5, "at": NOW_US}, {"prediction": "p1"}])
     with pytest.raises(ValueError, match="record 2 of stream 'outcomes' must be an object of"):
         drain(USE_CASE, log, here.tables, here.settings)

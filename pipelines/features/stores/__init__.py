@@ -22,7 +22,7 @@ class StoreFull(StateError):
 
 
 class StateUnavailable(StateError, ConnectionError):
-    """The store's server does not answer; nothing is known to have changed."""
+    """The store's server does not answer or refuses; state is as it was before the call, or as it is after it."""
 
 
 @dataclass(frozen=True)

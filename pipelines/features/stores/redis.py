@@ -20,6 +20,7 @@ from pipelines.features.state import StateError
 from pipelines.features.stores import Blob, Rebuild, Snapshot, StateUnavailable, StoreFull, T, Transaction
 
 _HEAD = b"head"  # the names of entities are preceded by "="
+_READ_S = 1.0  # a gateway's event loop waits for it, and answers nobody else meanwhile
 _CHUNK_BYTES = 4 << 20  # of a rebuild, sent at once
 
 # In all scripts the name of a hash is an argument beside its key, because ``current`` holds names.
@@ -66,7 +67,7 @@ class RedisStore:
     records_at_once = 1_000  # one change is one script, and all its states are in memory
 
     def __init__(self, url: str, name: str) -> None:
-        self._server = RedisServer(url)
+        self._server, self._reads = RedisServer(url), RedisServer(url, answer_s=_READ_S)
         self.client = self._server.client
         self._slot = f"{{tidegate:{name}}}:".encode()
         self.where = f"{self._server.where} {self._slot.decode()}"
@@ -141,6 +142,7 @@ class RedisStore:
     def close(self) -> None:
         """See ``Store``."""
         self._server.close()
+        self._reads.close()
 
     def key(self, name: bytes) -> bytes:
         """A key of the view's slot."""
@@ -155,13 +157,13 @@ class RedisStore:
         """Turns the server's errors into those of a store."""
         try:
             yield
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise StateUnavailable(f"the state in {self.where} does not answer: {error}") from error
         except redis.OutOfMemoryError:
             raise StoreFull(
                 f"the server of {self.where} has used its maxmemory: give it more, or put fewer entities or shorter "
                 "windows there"
             ) from None
+        except redis.RedisError as error:
+            raise StateUnavailable(f"the state in {self.where} does not answer: {error}") from error
 
     def look(self, fields: list[bytes], *, to_rebuild: bool = False) -> _Look:
         """The head and these fields of the hash in force, of one moment.
@@ -173,10 +175,10 @@ class RedisStore:
             while True:
                 name = self._name
                 if name:
-                    found: Any = self.client.hmget(self.hash_of(name), asked)
+                    found: Any = self._reads.client.hmget(self.hash_of(name), asked)
                     if found[0] is not None:
                         return _Look(found[0], found[1:], name)
-                self._name = self.client.get(self.key(b"current")) or b""
+                self._name = self._reads.client.get(self.key(b"current")) or b""
                 if not self._name or (self._name == name and to_rebuild):
                     return _Look(None, [None] * len(fields), self._name)
                 if self._name == name:
