@@ -289,7 +289,6 @@ class RedisTransaction:
             answers += [number or None for number in taken] if appended else [number == 1 for number in taken]
 
     def _place(self, stream: str) -> int:
-        stream_key(stream)
         return self.streams.setdefault(stream, len(self.streams) + 1)
 
 

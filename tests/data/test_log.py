@@ -198,9 +198,13 @@ def test_a_clock_that_goes_back_forgets_nothing_early(log):
     assert append(log, 1_255, Record(b"1140", b"")) == [None]
 
 
-def test_trimming_beyond_the_end_is_refused(log):
+def test_trimming_beyond_the_end_is_refused_and_trims_nothing(log):
     with pytest.raises(ValueError, match="ends at 0"):
         log.trim("events", 1)
+    append(log, 1, Record(None, b"a"))
+    with pytest.raises(ValueError, match="ends at 1"):
+        log.trim("events", 2)
+    assert (log.first("events"), log.last("events"), len(log.read("events", 0))) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("record", [Record("text", b""), Record(None, "text"), Record(None, None)])

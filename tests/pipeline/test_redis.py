@@ -202,7 +202,8 @@ def test_a_server_without_memory_is_a_full_log_and_a_full_store(server: services
         assert snapshot.head is None
 
 
-def test_a_change_that_another_writer_overtook_is_made_again(server: services.RedisServer) -> None:
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_change_that_another_writer_overtook_is_made_again(server: services.RedisServer, earlier: int) -> None:
     ours, other = RedisStore(server.url, "meter:1"), RedisStore(server.url, "meter:1")
     seen: list[tuple[str, bytes | None, int]] = []
 
@@ -221,10 +222,14 @@ def test_a_change_that_another_writer_overtook_is_made_again(server: services.Re
         if len(seen) == 1:
             other.change(count_up("other", lambda: None))
 
+    for _ in range(earlier):
+        other.change(count_up("other", lambda: None))
+    seen.clear()
     ours.change(count_up("ours", overtake))
-    assert seen == [("ours", None, 0), ("other", None, 0), ("ours", b"after 1", 1)]
+    before = (b"after 1" if earlier else None, earlier)
+    assert seen == [("ours", *before), ("other", *before), ("ours", b"after %d" % (earlier + 1), earlier + 1)]
     with ours.reading(["a"]) as snapshot:
-        assert (snapshot.head, list(snapshot.blobs)) == (b"after 2", [b"2"])
+        assert (snapshot.head, list(snapshot.blobs)) == (b"after %d" % (earlier + 2), [b"%d" % (earlier + 2)])
 
 
 def test_a_gap_that_is_only_another_writers_progress_is_no_error(server: services.RedisServer) -> None:

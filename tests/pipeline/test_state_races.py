@@ -20,11 +20,12 @@ from tests.data.worlds import BASE, same_bits
 from tests.pipeline.test_online_state import bulk, record, use_case
 
 ROOT = Path(__file__).parents[2]
+METERS = 5
 KILLS = int(os.environ.get("KILLS", "5"))
 REBUILDS = 10
 NOW = BASE + 5_000_000
 
-# Every write is one event of meter a and one of meter b at the same time, so in every state both have as many.
+# Every write is one event of a meter aN and one of bN at the same time, so in every state both have as many.
 COMMON = """
 import os, select, sys, threading
 from cluster.log import GroupCommit, Record
@@ -40,14 +41,15 @@ class Clock:
     def now(self):
         return NOW
 
-def pair(at):
-    rows = [record(meter, BASE + at, 0.1 * (at % 7)) for meter in ("a", "b")]
+def pair(at, meters):
+    rows = [record(f"{side}{at % meters}", BASE + at, 0.1 * (at % 7)) for side in "ab"]
     return [Record(b"%s|%d" % (row["meter"].encode(), BASE + at), encode_event(CONTRACT, row)) for row in rows]
 
 def told_to_stop():
     return bool(select.select([sys.stdin], [], [], 0)[0])
 """
-# Ingests as a gateway does, from two threads, and prints the time of a pair once it is acknowledged.
+# Ingests as a gateway does, into so many pairs of meters and from a thread for each first time that is given, and
+# prints the time of a pair once it is acknowledged.
 INGEST = (
     COMMON
     + """
@@ -57,11 +59,11 @@ group = GroupCommit(log, Clock(), after_commit=lambda: state.project(log))
 def ingest(first):
     at = first
     while not told_to_stop():
-        group.submit("events", pair(at)).result()
+        group.submit("events", pair(at, int(sys.argv[2]))).result()
         os.write(1, b"%d\\n" % at)
         at += 1
 
-threads = [threading.Thread(target=ingest, args=(int(first),)) for first in sys.argv[2:]]
+threads = [threading.Thread(target=ingest, args=(int(first),)) for first in sys.argv[3:]]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -77,7 +79,7 @@ reader, count = state.bind(), state.plan.features.index("flow_count_1m")
 os.write(1, b"ready\\n")
 generations = set()
 while not told_to_stop():
-    read = reader.read(["a", "b"], NOW)
+    read = reader.read(["a0", "b0"], NOW)
     found = read.values[:, count].tolist()
     assert found == [read.sequence // 2 + read.generation] * 2, (found, read.sequence, read.generation)
     generations.add(read.generation)
@@ -124,9 +126,9 @@ def blobs(state: OnlineState) -> dict[str, bytes]:
 def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_path: Path) -> None:
     rng = random.Random(KILLS)
     acknowledged: list[bytes] = []
-    with running(INGEST, place, 4_000_000) as bystander:
+    with running(INGEST, place, METERS, 4_000_000) as bystander:
         for kill in range(KILLS):
-            with running(INGEST, place, kill * 20_000, kill * 20_000 + 10_000) as victim:
+            with running(INGEST, place, METERS, kill * 20_000, kill * 20_000 + 10_000) as victim:
                 time.sleep(rng.uniform(0, 0.2))
                 acknowledged += killed(victim)
         acknowledged += stopped(bystander)
@@ -137,7 +139,7 @@ def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_
     assert [r.sequence for r in records] == list(range(1, len(records) + 1))
     values = [r.value for r in records]
     assert len(values) == len(set(values)), "an event is in the log twice"
-    expected = {b'["%s|%d"' % (meter, BASE + int(at)) for at in acknowledged for meter in (b"a", b"b")}
+    expected = {b'["%c%d|%d"' % (s, int(at) % METERS, BASE + int(at)) for at in acknowledged for s in b"ab"}
     assert expected <= {value.split(b",")[0] for value in values}, "an acknowledged event is not in the log"
 
     rebuilt = OnlineState(tmp_path / "rebuilt", use_case())
@@ -149,17 +151,17 @@ def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_
 
 def test_readers_see_the_old_or_the_new_state_while_rebuilds_race_with_ingest(place: str) -> None:
     log, state = open_log(place), open_state(place, use_case())
-    with running(INGEST, place, 0, 1_000_000) as ingest, running(READ, place) as reader:
+    with running(INGEST, place, 1, 0, 1_000_000) as ingest, running(READ, place) as reader:
         for generation in range(1, REBUILDS + 1):
-            rows = [record(meter, BASE - 1 - i, 1.0) for i in range(generation) for meter in ("a", "b")]
-            parts = [bulk([row for row in rows if row["meter"] == meter]) for meter in ("a", "b")]
+            rows = [record(meter, BASE - 1 - i, 1.0) for i in range(generation) for meter in ("a0", "b0")]
+            parts = [bulk([row for row in rows if row["meter"] == meter]) for meter in ("a0", "b0")]
             assert state.materialize(parts, generation, log) == generation
             time.sleep(0.05)
         written = len(stopped(ingest))
         assert int(stopped(reader)[-1]) > 2, "the reader hardly saw a rebuild"
     assert state.project(log) == log.last("events") == 2 * written
     count = state.plan.features.index("flow_count_1m")
-    assert state.bind().read(["a", "b"], NOW).values[:, count].tolist() == [written + REBUILDS] * 2
+    assert state.bind().read(["a0", "b0"], NOW).values[:, count].tolist() == [written + REBUILDS] * 2
     assert [state.generation(g) for g in range(1, REBUILDS + 1)] == list(range(1, REBUILDS + 1))
     state.close()
     log.close()
