@@ -28,7 +28,7 @@ from cluster.log import (
     stream_key,
     trimmed_beyond_end,
 )
-from cluster.redis_server import RedisServer
+from cluster.redis_server import Durability, NotDurable, RedisServer
 
 _GENERATIONS = 3  # of identities, as in cluster.identities
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -142,9 +142,9 @@ class RedisLog:
         remember_us: int,
         most_pending: int = 1_000_000,
         patience_s: float = 10.0,
-        guaranteed: bool = False,
+        durability: Durability = "checked",
     ) -> None:
-        """Raises ``ValueError`` when the server may lose what it acknowledges, see ``RedisServer``."""
+        """Raises ``LogUnavailable`` when the server may lose what it acknowledges, as later calls do."""
         if remember_us <= 0:
             raise ValueError(f"remember_us must be positive, not {remember_us}")
         if not _NAME.fullmatch(name):
@@ -152,7 +152,7 @@ class RedisLog:
         self.remember_us = remember_us
         self._most_pending = most_pending
         self._patience_s = patience_s
-        self._server = RedisServer(url)
+        self._server = RedisServer(url, durability=durability)
         self._slot = f"{{tidegate:{name}}}:log".encode()
         self.where = f"{self._server.where} {self._slot.decode()}"
         self._commit = self._server.script(_COMMIT)
@@ -161,7 +161,6 @@ class RedisLog:
         self._number = 0
         self._one_at_a_time = threading.Lock()
         with self._asking():
-            self._server.require_durable(guaranteed=guaranteed)
             self._server.client.hsetnx(self._entry, "format", FORMAT)
             check_format(int(self._server.client.hget(self._entry, "format") or 0), f"the log {self.where}")
 
@@ -243,6 +242,8 @@ class RedisLog:
             raise LogFull(
                 f"the server of the log {self.where} has used its maxmemory: let the log drain, or give it more"
             ) from None
+        except NotDurable as error:
+            raise LogUnavailable(str(error)) from None
         except redis.RedisError as error:
             reason = str(error)
             if not reason.startswith("LOGFULL "):

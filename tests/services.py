@@ -111,9 +111,9 @@ class RedisServer:
         """The URL of the server's first database."""
         return f"unix://{self._socket}?db=0"
 
-    def start(self) -> None:
-        """Returns when the server answers, with all that it kept."""
-        self._process = subprocess.Popen(self._command)
+    def start(self, *options: str) -> None:
+        """Returns when the server answers, with all that it kept; ``options`` take the place of its usual ones."""
+        self._process = subprocess.Popen([*self._command, *options])
         deadline = time.monotonic() + 60
         while self.ask("PING") != "PONG":
             if self._process.poll() is not None or time.monotonic() > deadline:

@@ -78,8 +78,8 @@ def open_log(settings: Settings, use_case: UseCase) -> Log:
         return DurableLog(log_path(settings, use_case), remember_us=remember_us)
     from cluster.redis_log import RedisLog
 
-    guaranteed = settings.state_durability == "guaranteed"
-    return RedisLog(settings.state_url, use_case.name, remember_us=remember_us, guaranteed=guaranteed)
+    durability = settings.state_durability
+    return RedisLog(settings.state_url, use_case.name, remember_us=remember_us, durability=durability)
 
 
 def open_state(settings: Settings, use_case: UseCase) -> OnlineState:

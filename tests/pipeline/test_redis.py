@@ -171,22 +171,34 @@ def test_errors_name_the_server_without_its_password(server: services.RedisServe
         ("maxmemory-policy", "allkeys-lru"),
     ],
 )
-@pytest.mark.parametrize("guaranteed", [False, True])
+@pytest.mark.parametrize("durability", ["checked", "guaranteed"])
 def test_a_server_that_may_lose_what_it_acknowledged_is_refused(
-    server: services.RedisServer, option: str, value: str, guaranteed: bool
+    server: services.RedisServer, option: str, value: str, durability: str
 ) -> None:
     server.ask("CONFIG", "SET", "maxmemory", "100mb")
     open_log(server).close()
     server.ask("CONFIG", "SET", option, value)
-    with pytest.raises(ValueError, match=f"may lose what it acknowledges: {option} {value} "):
-        open_log(server, guaranteed=guaranteed)
+    with pytest.raises(LogUnavailable, match=f"may lose what it acknowledges: {option} {value[:7]}"):
+        open_log(server, durability=durability)
+
+
+def test_a_server_that_comes_back_without_its_log_is_refused_at_once(server: services.RedisServer) -> None:
+    log = open_log(server, patience_s=60)
+    append(log, Record(None, b"a"))
+    server.kill()
+    server.start("--appendonly", "no")
+    with pytest.raises(LogUnavailable, match="may lose what it acknowledges: appendonly no"):
+        append(log, Record(None, b"b"))
+    server.kill()
+    server.start()
+    assert append(log, Record(None, b"b")) == [2]
 
 
 def test_a_server_that_does_not_show_its_configuration_needs_its_operators_word(server: services.RedisServer) -> None:
     server.ask("ACL", "SETUSER", "default", "-config")
-    with pytest.raises(ValueError, match="TIDEGATE_STATE_DURABILITY=guaranteed"):
+    with pytest.raises(LogUnavailable, match="TIDEGATE_STATE_DURABILITY=guaranteed"):
         open_log(server)
-    open_log(server, guaranteed=True).close()
+    open_log(server, durability="guaranteed").close()
 
 
 def test_a_server_without_memory_is_a_full_log_and_a_full_store(server: services.RedisServer) -> None:
