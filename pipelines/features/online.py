@@ -27,7 +27,7 @@ from pipelines.features.windows import compile_plan, eligible, event_columns
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 
-__all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "Status"]
+__all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "Status", "open_log", "open_state"]
 
 NO_TABLE = -1  # the table version of generation 0, which was never materialized
 _HEAD = struct.Struct("<BQQQ")  # format, applied sequence, generation, events that could not be placed
@@ -114,10 +114,10 @@ class OnlineState:
             return head.applied
 
         applied, last = self.applied(), log.last(stream)
-        if applied > last:
-            return self.store.change(advance)  # raises, unless others have written and applied meanwhile
-        while applied < last:
-            applied = self.store.change(advance)
+        if applied == last:
+            return applied  # without the writer lock, which other processes want
+        while (applied := self.store.change(advance)) < last:
+            pass
         return applied
 
     def materialize(
@@ -148,10 +148,7 @@ class OnlineState:
                     head = further
                 present = _head(rebuild.present())
                 if present.generation != before.generation:
-                    raise StateError(
-                        f"the state of {self.use_case.name!r} was rebuilt by another process since this rebuild, from "
-                        f"version {table_version} of the events table, began; nothing was changed"
-                    )
+                    raise StateError(f"another rebuild of {self.store.where} was published since this one began")
                 # A state that nobody has changed since may be ahead: it was made from a log that is no more.
                 if present.applied > head.applied and present != before:
                     continue
