@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from cluster.log import LogUnavailable
 from pipelines import usecases
+from pipelines.features.state import StateError
 from serving.api import build_api
 from serving.auth import ConfiguredKey, KeyRing, Scope
 
@@ -68,3 +70,17 @@ def test_a_route_takes_its_own_scope_and_no_other(method, path, scope):
     client, header = _key({scope})
     with pytest.raises(Reached):
         client.request(method, path, json=body, headers=header)
+
+
+@pytest.mark.parametrize(
+    ("error", "title"),
+    [(StateError("rebuild it"), "State is not ready"), (LogUnavailable("it is away"), "The log does not answer")],
+)
+def test_a_store_that_fails_is_a_refusal_that_says_what_to_do(monkeypatch, error, title):
+    def fail(_: StubGateway) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr(StubGateway, "status", fail)
+    client, header = _key({Scope.READ})
+    refused = client.get("/status", headers=header)
+    assert (refused.status_code, refused.json()["title"], refused.json()["detail"]) == (503, title, str(error))

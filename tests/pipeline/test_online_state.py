@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.log import Log, Record
+from cluster.settings import Settings
 from pipelines.contracts.events import decode_events, encode_event, event_order, from_microseconds
+from pipelines.features import online as online_side
 from pipelines.features.online import NO_TABLE, OnlineState
 from pipelines.features.served import Status
 from pipelines.features.state import StateError
 from pipelines.features.stores import StoreFull, Transaction
 from pipelines.features.stores.lmdb import LmdbStore
 from pipelines.spec import FeatureView, ModelSpec, Split, Target, UseCase
-from tests.backends import open_log, open_state
+from tests.backends import on_redis, open_log, open_state
 from tests.data.oracle import Event, features
 from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, World, same_bits, worlds
 
@@ -222,6 +224,16 @@ def test_stale_values_are_flagged_by_the_reader(log: Log, online: OnlineState) -
     read = online.bind().read(["a"], BASE + 51_000_000)
     assert read.status[0, mean] == Status.STALE
     assert read.age_s[0, mean] == 51.0
+
+
+def test_settings_say_where_log_and_state_are_kept(place: str, home: Path) -> None:
+    made = Settings(home=home, state_url=place if on_redis(place) else None)
+    log, state = online_side.open_log(made, use_case()), online_side.open_state(made, use_case())
+    for where in (log.where, state.store.where):
+        assert where.startswith("unix:///" if on_redis(place) else str(home / "state" / "meter"))
+    assert log.remember_us == 7 * 86_400_000_000
+    state.close()
+    log.close()
 
 
 def test_names_and_numbers_of_entities_survive_a_rebuild(log: Log, online: OnlineState) -> None:
