@@ -76,7 +76,8 @@ def test_events_are_refused_while_the_server_is_away_and_taken_once_when_it_is_b
         assert len(ids) == len(set(ids)) == 2
 
 
-def test_the_drain_outlives_a_server_that_is_away(home: Path) -> None:
+@pytest.mark.parametrize("first_asked", ["state", "log"])
+def test_the_drain_outlives_a_server_that_is_away(home: Path, first_asked: str) -> None:
     case, settings = usecases.load("aqua"), Settings(home=home, drain_seconds=0.05)
     database = Database(settings.database_url)
     database.create()
@@ -84,7 +85,8 @@ def test_the_drain_outlives_a_server_that_is_away(home: Path) -> None:
     with services.redis() as server:
         log = RedisLog(server.url, case.name, remember_us=3_600_000_000, patience_s=0.2)
         state = OnlineState(server.url, case)
-        drain = Drain(case, log, lambda: state.project(log), tables, database, settings, alerts, "me")
+        project = {"state": lambda: state.project(log), "log": lambda: log.last("events")}[first_asked]
+        drain = Drain(case, log, project, tables, database, settings, alerts, "me")
         server.kill()
         until(lambda: [a.name for a in alerts.open_alerts()] == [ALERT], "the alert is open", 20)
         assert drain.alive()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.log import Log, Record
 from cluster.settings import Settings
 from pipelines.contracts.events import decode_events, encode_event, event_order, from_microseconds
-from pipelines.features import online as online_side
+from pipelines.features import online as module
 from pipelines.features.online import NO_TABLE, OnlineState
 from pipelines.features.served import Status
 from pipelines.features.state import StateError
@@ -228,7 +228,7 @@ def test_stale_values_are_flagged_by_the_reader(log: Log, online: OnlineState) -
 
 def test_settings_say_where_log_and_state_are_kept(place: str, home: Path) -> None:
     made = Settings(home=home, state_url=place if on_redis(place) else None)
-    log, state = online_side.open_log(made, use_case()), online_side.open_state(made, use_case())
+    log, state = module.open_log(made, use_case()), module.open_state(made, use_case())
     for where in (log.where, state.store.where):
         assert where.startswith("unix:///" if on_redis(place) else str(home / "state" / "meter"))
     assert log.remember_us == 7 * 86_400_000_000
