@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import redis
 
+from cluster import session
 from cluster.clock import SystemClock
 from cluster.log import GroupCommit, LogFull, LogUnavailable, Record
 from cluster.redis_log import RedisLog
@@ -132,6 +133,22 @@ def test_a_log_that_does_not_answer_fails_the_whole_group_and_nothing_is_written
         assert isinstance(future.exception(30), LogUnavailable)
     group.close()
     assert [r.value for r in log.read("events", 0)] == [b"a", b"b"]
+
+
+def test_a_server_is_reached_by_host_port_password_and_database(server: services.RedisServer) -> None:
+    port = session.free_port()
+    server.kill()
+    server.start("--port", str(port), "--bind", "127.0.0.1")
+    server.ask("CONFIG", "SET", "requirepass", "hunter2")
+    url = f"redis://:hunter2@127.0.0.1:{port}/3"
+    log, state = RedisLog(url, "meter", remember_us=HOUR), OnlineState(url, use_case())
+    write(log, [record("a", BASE, 1.0)], BASE)
+    assert (state.project(log), state.names()) == (1, ["a"])
+    for where in (log.where, state.store.where):
+        assert where.startswith(f"redis://127.0.0.1:{port}/3 ")
+    ask = redis.Redis(port=port, password="hunter2")
+    assert set(ask.info("keyspace")) == {"db3"}
+    ask.close()
 
 
 def test_errors_name_the_server_without_its_password(server: services.RedisServer) -> None:
