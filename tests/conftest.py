@@ -27,6 +27,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / "var
 _SHARED = {"demo": "demo", "cluster": "cluster", "ray_cluster": "cluster"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         groups = [group for name, group in _SHARED.items() if name in getattr(item, "fixturenames", ())]
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(groups[0]))
     layers = ["data", "model", "pipeline", "deployment"]
     items.sort(key=lambda item: ("demo" not in getattr(item, "fixturenames", ()), layers.index(item.path.parent.name)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.getoption("loadgroup", False):
+        lost = [i for i in session.items if i.get_closest_marker("xdist_group") and "@" not in i.nodeid]
+        assert not lost, "pytest-xdist did not take up the groups: every process would start clusters of its own"
 
 
 @pytest.fixture(scope="session")
