@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,32 +19,15 @@ from cluster.settings import Settings
 from cluster.tables import DataFile, Tables
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, contract_schema
-from pipelines.features import folds
 from pipelines.features.localtime import covered
-from pipelines.features.state import StateError
-from pipelines.features.windows import (
-    EventColumns,
-    Plan,
-    compile_plan,
-    eligible,
-    event_columns,
-    view_fingerprint,
-)
+from pipelines.features.sweep import Reads, places, sweep
+from pipelines.features.windows import compile_plan, event_columns, view_fingerprint
 from pipelines.spec import UseCase
 from pipelines.spec.base import fingerprint, microseconds
 
 TIME, LABEL, STATUS = "_time", "_label", "_status"
 EVENTS_VERSION, VIEW = "_events_version", "_view"
 _FORMAT = 1  # of the training table: raise it when the same events give other rows
-
-
-@dataclass(frozen=True)
-class Swept:
-    """Stored features of several reads of one entity: values, age_s float64[q, s], status uint8[q, s]."""
-
-    values: np.ndarray
-    status: np.ndarray
-    age_s: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,54 +54,6 @@ def training_table(use_case: UseCase) -> str:
         microseconds(target.horizon),
     )
     return f"{use_case.name}/training-{fingerprint(*parts)}"
-
-
-def sweep(plan: Plan, events: EventColumns, cuts: np.ndarray, moments: np.ndarray) -> Swept:
-    """Reads one entity's stored features at ``moments`` (us), read q after the first ``cuts[q]`` events.
-
-    ``events`` are one entity's eligible events in the order in which they became known; ``cuts`` int64[q]
-    ascend. Raises ``StateError`` when a read lies further behind an event known by then than the contract
-    allows.
-    """
-    if len(cuts) and np.any(np.diff(cuts) < 0):
-        raise ValueError("the cuts of a sweep must ascend: sort the reads by what was known")
-    shape = (len(cuts), len(plan.features))
-    swept = Swept(np.empty(shape), np.empty(shape, np.uint8), np.empty(shape))
-    state = plan.empty_state.copy()
-    behind = folds.sweep(
-        state, plan.program, events.times, events.orders, events.values,
-        cuts, moments, swept.values, swept.status, swept.age_s,
-    )  # fmt: skip
-    if behind >= 0:
-        raise StateError(
-            f"read {behind} at {moments[behind]} us lies more than {plan.reach_us / 1e6:g} s before an "
-            "event that was "
-            "already known; the events table has times ahead of when they became known, beyond "
-            "contract.future"
-        )
-    return swept
-
-
-def take(columns: EventColumns, rows: np.ndarray) -> EventColumns:
-    """The given rows, in the given order."""
-    return replace(
-        columns,
-        entities=columns.entities[rows],
-        times=columns.times[rows],
-        orders=columns.orders[rows],
-        known_at=columns.known_at[rows],
-        sequences=columns.sequences[rows],
-        values=columns.values[rows],
-    )
-
-
-def by_entity(columns: EventColumns, order: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The rows in ``order`` of each entity that has any, entities ascending."""
-    grouped = order[np.argsort(columns.entities[order], kind="stable")]
-    edges = np.searchsorted(columns.entities[grouped], np.arange(len(columns.names) + 1))
-    for place, name in enumerate(columns.names):
-        if edges[place] < edges[place + 1]:
-            yield name, grouped[edges[place] : edges[place + 1]]
 
 
 def examples_schema(use_case: UseCase) -> pa.Schema:
@@ -152,24 +87,13 @@ def build_examples(use_case: UseCase, events: pa.Table) -> pa.Table:
     request = columns.times - microseconds(target.horizon)
     label = pc.fill_null(events.column(target.field).cast(pa.float64()), np.nan).to_numpy()
     usable = ~np.isnan(label) & (columns.known_at > request) & covered(use_case.view.calendar, request)
-    counts = eligible(plan, columns)
-    rows: list[np.ndarray] = []
-    parts: list[Swept] = []
-    order = np.lexsort((columns.orders, columns.times, columns.known_at))
-    for _, mine in by_entity(columns, order):
-        wanted = mine[usable[mine] & (request[mine] >= columns.times[mine].min())]
-        wanted = wanted[np.lexsort((columns.orders[wanted], request[wanted]))]
-        seen = take(columns, mine[counts[mine]])
-        cuts = np.searchsorted(seen.known_at, request[wanted], side="right")
-        parts.append(sweep(plan, seen, cuts.astype(np.int64), request[wanted]))
-        rows.append(wanted)
-    if not rows:
+    first = np.full(len(columns.names), np.iinfo(np.int64).max)
+    np.minimum.at(first, columns.entities, columns.times)
+    chosen = np.flatnonzero(usable & (request >= first[columns.entities]))
+    chosen = chosen[np.lexsort((columns.orders[chosen], columns.entities[chosen], request[chosen]))]
+    if not len(chosen):
         return schema.empty_table()
-    chosen = np.concatenate(rows)
-    values = np.concatenate([part.values for part in parts])
-    status = np.concatenate([part.status for part in parts])
-    final = np.lexsort((np.arange(len(chosen)), request[chosen]))  # within a time: entities ascending
-    chosen, values, status = chosen[final], values[final], status[final]
+    swept = sweep(plan, columns, columns.known_at, Reads(columns.entities[chosen], request[chosen], request[chosen]))
     source = events.take(pa.array(chosen))
     answer: dict[str, Any] = {
         TIME: pa.array(request[chosen]).cast(INSTANT),
@@ -177,8 +101,8 @@ def build_examples(use_case: UseCase, events: pa.Table) -> pa.Table:
         EVENT_ID: source.column(EVENT_ID),
         use_case.contract.entity: source.column(use_case.contract.entity),
         **{name: source.column(name) for name in use_case.view.inputs},
-        **{name: pa.array(values[:, i]) for i, name in enumerate(plan.features)},
-        STATUS: _lists(status),
+        **{name: pa.array(swept.values[:, i]) for i, name in enumerate(plan.features)},
+        STATUS: _lists(swept.status),
     }
     return pa.table(answer).select(schema.names).cast(schema)
 
@@ -193,17 +117,8 @@ def silenced(
     """
     plan = compile_plan(use_case.view, use_case.contract)
     columns = event_columns(plan, events)
-    kept = np.flatnonzero(eligible(plan, columns))
-    rows_of = dict(by_entity(columns, kept[np.lexsort((columns.orders[kept], columns.times[kept],
-                                                       columns.known_at[kept]))]))  # fmt: skip
-    values = np.empty((len(moments), len(plan.features)))
-    for entity in set(entities.tolist()):
-        wanted = np.flatnonzero(entities == entity)
-        wanted = wanted[np.argsort(moments[wanted], kind="stable")]
-        seen = take(columns, rows_of.get(entity, np.zeros(0, np.int64)))
-        cuts = np.searchsorted(seen.known_at, moments[wanted] - silence_us, side="right").astype(np.int64)
-        values[wanted] = sweep(plan, seen, cuts, moments[wanted]).values
-    return values
+    reads = Reads(places(columns, entities), moments, moments - silence_us)
+    return sweep(plan, columns, columns.known_at, reads).values
 
 
 def backfill(

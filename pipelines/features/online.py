@@ -19,11 +19,10 @@ import pyarrow.compute as pc
 from cluster.log import DurableLog, Log
 from cluster.settings import Settings
 from pipelines.contracts.events import SEQUENCE, decode_events
-from pipelines.features.offline import by_entity, take
 from pipelines.features.served import Status
 from pipelines.features.state import EntityState, StateError, read_into, words
 from pipelines.features.stores import Rebuild, Transaction, open_store
-from pipelines.features.windows import compile_plan, eligible, event_columns
+from pipelines.features.windows import by_entity, compile_plan, eligible, event_columns, take
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 

@@ -18,10 +18,10 @@ from cluster.tables import Tables
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import SEQUENCE
 from pipelines.features import derived
-from pipelines.features.offline import by_entity, sweep, take
 from pipelines.features.online import NO_TABLE
 from pipelines.features.served import Status, inputs_of
-from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns, instants
+from pipelines.features.sweep import Reads, places, sweep
+from pipelines.features.windows import EventColumns, Plan, compile_plan, event_columns, instants
 from pipelines.spec import UseCase
 
 _EXAMPLES = 20
@@ -148,21 +148,9 @@ def _visible(plan: Plan, tables: Tables, source: str, version: int, base: int, p
 
 def _recompute(plan: Plan, visible: _Visible, part: pa.Table) -> np.ndarray:
     """Stored features of every row of ``part``, float64[n, s]."""
-    sequences = part.column("sequence").to_numpy()
-    moments = instants(part, "_time")
-    asked = np.array(part.column("entity").to_pylist(), dtype=object)
-    columns = visible.columns
-    kept = np.flatnonzero(eligible(plan, columns))
-    order = kept[np.lexsort((columns.orders[kept], columns.times[kept], visible.ranks[kept]))]
-    rows_of = dict(by_entity(columns, order))
-    answer = np.empty((part.num_rows, len(plan.features)))
-    for entity in set(asked.tolist()):
-        reads = np.flatnonzero(asked == entity)
-        reads = reads[np.argsort(sequences[reads], kind="stable")]
-        mine = rows_of.get(entity, np.zeros(0, np.int64))
-        cuts = np.searchsorted(visible.ranks[mine], sequences[reads], side="right").astype(np.int64)
-        answer[reads] = sweep(plan, take(columns, mine), cuts, moments[reads]).values
-    return answer
+    asked = places(visible.columns, np.array(part.column("entity").to_pylist(), dtype=object))
+    reads = Reads(asked, instants(part, "_time"), part.column("sequence").to_numpy())
+    return sweep(plan, visible.columns, visible.ranks, reads).values
 
 
 def _numeric(use_case: UseCase, stored: np.ndarray, part: pa.Table) -> np.ndarray:

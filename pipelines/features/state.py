@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.features import folds
+from pipelines.features.kernels import layout, reads, tiles
 from pipelines.features.windows import Plan
 
 # Above this many unsettled events an entity is refused: every change writes them all again.
@@ -47,12 +47,12 @@ class EntityState:
 
     def to_bytes(self) -> bytes:
         """The state as bytes; the first is the format version."""
-        start, count = int(self._words[folds.START]), int(self._words[folds.COUNT])
+        start, count = int(self._words[layout.START]), int(self._words[layout.COUNT])
         row, fixed = self.plan.raw_words, self.plan.fixed_words
         packed = np.empty(fixed + count * row, np.int64)
         packed[:fixed] = self._words[:fixed]
         packed[fixed:] = self._words[fixed + start * row : fixed + (start + count) * row]
-        packed[folds.START] = 0
+        packed[layout.START] = 0
         return packed.tobytes()
 
     def apply(self, times: np.ndarray, orders: np.ndarray, values: np.ndarray) -> None:
@@ -63,15 +63,15 @@ class EntityState:
         than ``MAX_RAW_EVENTS`` events are too recent to be settled.
         """
         row, fixed = self.plan.raw_words, self.plan.fixed_words
-        wanted = fixed + (int(self._words[folds.START]) + int(self._words[folds.COUNT]) + len(times)) * row
+        wanted = fixed + (int(self._words[layout.START]) + int(self._words[layout.COUNT]) + len(times)) * row
         if wanted > len(self._words):
             larger = np.zeros(wanted, np.int64)
             larger[: len(self._words)] = self._words
             self._words = larger
-        folds.apply(self._words, self.plan.program, times, orders, values)
-        if self._words[folds.COUNT] > MAX_RAW_EVENTS:
+        tiles.apply(self._words, self.plan.program, self.plan.others, times, orders, values)
+        if self._words[layout.COUNT] > MAX_RAW_EVENTS:
             raise StateError(
-                f"an entity has {self._words[folds.COUNT]} events within {self.plan.reach_us / 1e6:g} s, "
+                f"an entity has {self._words[layout.COUNT]} events within {self.plan.reach_us / 1e6:g} s, "
                 "more than the "
                 f"{MAX_RAW_EVENTS} that state keeps; lower the contract's lateness or split the entity"
             )
@@ -87,12 +87,12 @@ class EntityState:
     @property
     def newest_us(self) -> int | None:
         """The time of the newest event, None when there is none."""
-        return int(self._words[folds.NEWEST]) if self._words[folds.SEEN] else None
+        return int(self._words[layout.NEWEST]) if self._words[layout.SEEN] else None
 
     @property
     def unplaced(self) -> int:
         """How many events came too late to be placed; above zero only when a clock went backwards."""
-        return int(self._words[folds.UNPLACED])
+        return int(self._words[layout.UNPLACED])
 
 
 def empty_vector(plan: Plan) -> Vector:
@@ -104,10 +104,10 @@ def empty_vector(plan: Plan) -> Vector:
 def words(plan: Plan, blob: Any) -> np.ndarray:
     """Writable int64 words of a stored state (bytes or a buffer, which is copied)."""
     found = np.frombuffer(bytearray(blob), np.int64)
-    if len(found) < plan.fixed_words or found[folds.VERSION] != folds.FORMAT:
+    if len(found) < plan.fixed_words or found[layout.VERSION] != layout.FORMAT:
         raise StateError(
             f"a stored state has format {blob[0]} and {len(blob)} bytes, but view {plan.view.name!r} "
-            f"({plan.fingerprint}) reads format {folds.FORMAT} from {plan.fixed_words * 8} bytes on; "
+            f"({plan.fingerprint}) reads format {layout.FORMAT} from {plan.fixed_words * 8} bytes on; "
             "rebuild the state "
             "with `python -m pipelines.backfill USECASE --materialize`"
         )
@@ -118,9 +118,9 @@ def read_into(
     plan: Plan, state: np.ndarray, now_us: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
 ) -> None:
     """``EntityState.read`` into given float64, uint8 and float64 rows."""
-    if not folds.read(state, plan.program, now_us, values, status, age):
+    if not reads.read(state, plan.program, plan.others, now_us, values, status, age):
         raise StateError(
             f"features were asked for at {now_us} us, but the state has seen an event at "
-            f"{state[folds.NEWEST]} us and "
+            f"{state[layout.NEWEST]} us and "
             f"keeps only {plan.reach_us / 1e6:g} s behind it; check the clocks of this node"
         )

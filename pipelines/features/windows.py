@@ -1,40 +1,57 @@
 """Turns a feature view into the program that the compiled kernels follow, and names what it computes.
 
-Entity state is one flat int64 vector: a header (format version, newest event time, where raw events start and
-how many there are, events that came too late to place, events placed); for every series, that is every
-(field, hop), the settled part of its last settled tile and a ring of tiles indexed ``tile % ring``; then the
-raw events not yet settled, in canonical order, each as time, order and one float64 per field. Raw events are
-kept for ``reach`` behind the newest one, because within it a late event may still arrive.
+``pipelines.features.kernels.layout`` describes program and entity state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from pipelines.contracts.events import EVENT_ID, INSTANT, KNOWN_AT, SEQUENCE, event_order
-from pipelines.features import derived, folds
-from pipelines.spec import Contract, FeatureView, Fold
+from pipelines.features import derived
+from pipelines.features.kernels import decay, distinct, families, layout, moments, trend
+from pipelines.spec import Contract, FeatureView, Fold, Window
 from pipelines.spec.base import fingerprint, microseconds
 
 # How far behind the newest event a read may be: between taking the time and reading, other processes apply
 # events.
 READ_BEHIND = timedelta(minutes=1)
 
-_CODES = {
-    Fold.COUNT: folds.C_COUNT,
-    Fold.SUM: folds.C_SUM,
-    Fold.MEAN: folds.C_MEAN,
-    Fold.MIN: folds.C_MIN,
-    Fold.MAX: folds.C_MAX,
-    Fold.STD: folds.C_STD,
-    Fold.LAST: folds.C_LAST,
+# The family and the code of every fold.
+_FOLDS = {
+    Fold.COUNT: (families.MOMENTS, moments.C_COUNT),
+    Fold.SUM: (families.MOMENTS, moments.C_SUM),
+    Fold.MEAN: (families.MOMENTS, moments.C_MEAN),
+    Fold.MIN: (families.MOMENTS, moments.C_MIN),
+    Fold.MAX: (families.MOMENTS, moments.C_MAX),
+    Fold.STD: (families.MOMENTS, moments.C_STD),
+    Fold.FIRST: (families.MOMENTS, moments.C_FIRST),
+    Fold.LAST: (families.MOMENTS, moments.C_LAST),
+    Fold.DELTA: (families.MOMENTS, moments.C_DELTA),
+    Fold.MISSING: (families.MOMENTS, moments.C_MISSING),
+    Fold.SINCE: (families.MOMENTS, moments.C_SINCE),
+    Fold.SLOPE: (families.TREND, trend.C_SLOPE),
+    Fold.EWM: (families.DECAY, decay.C_EWM),
+    Fold.DISTINCT: (families.DISTINCT, distinct.C_DISTINCT),
 }
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Tiles that windows and lags share: a field, a hop (us) and a family with its half-life (us, else 0)."""
+
+    field: str
+    hop: int
+    family: int
+    half_life: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +72,19 @@ class Plan:
     @property
     def fixed_words(self) -> int:
         """Words of entity state before its raw events."""
-        return int(self.program[folds.P_FIXED])
+        return int(self.program[layout.P_FIXED])
 
     @property
     def raw_words(self) -> int:
         """Words of one raw event."""
         return 2 + len(self.fields)
+
+    @cached_property
+    def others(self) -> bool | None:
+        """What kernels take to know whether there are families beyond LATEST and MOMENTS: None for no."""
+        rows = self.program[layout.P_HEADER :][: int(self.program[layout.P_SERIES]) * layout.S_ROW]
+        held = set(rows[layout.S_FAMILY :: layout.S_ROW].tolist())
+        return None if held <= {families.LATEST, families.MOMENTS} else True
 
     @cached_property
     def empty_state(self) -> np.ndarray:
@@ -69,14 +93,11 @@ class Plan:
         It is left writable, because numba compiles a kernel once more for arrays that are not.
         """
         state = np.zeros(self.fixed_words, np.int64)
-        floats = state.view(np.float64)
-        state[folds.VERSION], state[folds.NEWEST] = folds.FORMAT, folds.EMPTY
-        start = folds.P_HEADER
-        for series in self.program[start : start + int(self.program[0]) * folds.S_ROW].reshape(-1, folds.S_ROW):
-            ring, width, settled = (int(series[i]) for i in (folds.S_RING, folds.S_WIDTH, folds.S_SETTLED))
-            tiles = slice(settled, settled + (ring + 1) * width)
-            state[tiles].reshape(-1, width)[:, :2] = folds.EMPTY
-            floats[tiles].reshape(-1, width)[:, 2] = np.nan
+        state[layout.VERSION], state[layout.NEWEST] = layout.FORMAT, layout.EMPTY
+        start = layout.P_HEADER
+        for series in self.program[start : start + int(self.program[0]) * layout.S_ROW].reshape(-1, layout.S_ROW):
+            ring, width, settled = (int(series[i]) for i in (layout.S_RING, layout.S_WIDTH, layout.S_SETTLED))
+            state[settled : settled + (ring + 1) * width : width] = layout.EMPTY
         return state
 
 
@@ -100,37 +121,40 @@ def compile_plan(view: FeatureView, contract: Contract) -> Plan:
     """The program of a view over a contract's events. Pure; the derived features are checked on the way."""
     fields = tuple(dict.fromkeys([*(w.field for w in view.windows), *(lag.field for lag in view.lags)]))
     reach = contract.lateness + contract.future + READ_BEHIND
-    spans: dict[tuple[str, int, int], int] = {}
+    windows: list[tuple[_Series, int, list[int], list[int]]] = []
     for window in view.windows:
-        key = (window.field, microseconds(window.hop), folds.WIDE)
-        spans[key] = max(spans.get(key, 0), window.tiles)
-    for lag in view.lags:
-        key = (lag.field, microseconds(lag.hop), folds.NARROW)
-        spans[key] = max(spans.get(key, 0), lag.offset // lag.hop)
+        places = [view.stored.index(window.feature(fold)) for fold in window.folds]
+        for family in dict.fromkeys(_FOLDS[fold][0] for fold in window.folds):
+            series = _Series(window.field, microseconds(window.hop), family, _half_life(window, family))
+            mine = [(_FOLDS[fold][1], at) for fold, at in zip(window.folds, places, strict=True)
+                    if _FOLDS[fold][0] == family]  # fmt: skip
+            windows.append((series, window.tiles, [code for code, _ in mine], [at for _, at in mine]))
+    lags = [
+        (_Series(lag.field, microseconds(lag.hop), families.LATEST), lag.offset // lag.hop, place)
+        for place, lag in enumerate(view.lags, start=len(view.stored) - len(view.lags))
+    ]
+    spans: dict[_Series, int] = {}
+    for series, span in (*((w[0], w[1]) for w in windows), *((lag[0], lag[1]) for lag in lags)):
+        spans[series] = max(spans.get(series, 0), span)
 
-    words, series_rows = folds.HEADER, []
-    for (name, hop, width), span in spans.items():
-        ring = span + 2 + -(-microseconds(reach) // hop)  # the span behind any read, and every open tile
-        series_rows.append([fields.index(name), hop, ring, width, words, words + width])
+    words, series_rows = layout.HEADER, []
+    for series, span in spans.items():
+        ring = span + 2 + -(-microseconds(reach) // series.hop)  # the span behind any read, and every open tile
+        width = 1 + families.WIDTHS[series.family]
+        field = fields.index(series.field)
+        series_rows.append([field, series.hop, ring, width, words, words + width, series.family, series.half_life])
         words += (ring + 1) * width
-    index = {key: place for place, key in enumerate(spans)}
+    index = {series: place for place, series in enumerate(spans)}
+    window_rows = [
+        [index[series], tiles, len(codes), *_padded(codes), *_padded(outs)] for series, tiles, codes, outs in windows
+    ]
+    lag_rows = [[index[series], tiles, out] for series, tiles, out in lags]
 
-    out, window_rows, lag_rows = 0, [], []
-    for window in view.windows:
-        codes = [_CODES[fold] for fold in window.folds]
-        place = index[window.field, microseconds(window.hop), folds.WIDE]
-        padding = [0] * (folds.W_ROW - folds.W_CODES - len(codes))
-        window_rows.append([place, window.tiles, out, len(codes), *codes, *padding])
-        out += len(codes)
-    for lag in view.lags:
-        lag_rows.append([index[lag.field, microseconds(lag.hop), folds.NARROW], lag.offset // lag.hop, out])
-        out += 1
-
-    header = [0] * folds.P_HEADER
-    header[folds.P_SERIES], header[folds.P_WINDOWS] = len(series_rows), len(window_rows)
-    header[folds.P_LAGS], header[folds.P_FIELDS] = len(lag_rows), len(fields)
-    header[folds.P_REACH], header[folds.P_FIXED] = microseconds(reach), words
-    header[folds.P_TTL] = microseconds(view.ttl)
+    header = [0] * layout.P_HEADER
+    header[layout.P_SERIES], header[layout.P_WINDOWS] = len(series_rows), len(window_rows)
+    header[layout.P_LAGS], header[layout.P_FIELDS] = len(lag_rows), len(fields)
+    header[layout.P_REACH], header[layout.P_FIXED] = microseconds(reach), words
+    header[layout.P_TTL] = microseconds(view.ttl)
     rows = (word for row in (*series_rows, *window_rows, *lag_rows) for word in row)
     return Plan(
         view=view,
@@ -144,6 +168,25 @@ def compile_plan(view: FeatureView, contract: Contract) -> Plan:
     )
 
 
+def _computed(window: Window) -> tuple[str, int, int, list[str], int | None]:
+    half_life = microseconds(window.half_life) if window.half_life else None
+    return (
+        window.field,
+        microseconds(window.length),
+        microseconds(window.hop),
+        [str(f) for f in window.folds],
+        half_life,
+    )
+
+
+def _half_life(window: Window, family: int) -> int:
+    return microseconds(window.half_life) if family == families.DECAY and window.half_life is not None else 0
+
+
+def _padded(numbers: list[int]) -> list[int]:
+    return [*numbers, *[0] * (layout.MOST_FOLDS - len(numbers))]
+
+
 def view_fingerprint(view: FeatureView, contract: Contract) -> str:
     """Sixteen hexadecimal digits of what the view computes and how its state is laid out.
 
@@ -152,9 +195,9 @@ def view_fingerprint(view: FeatureView, contract: Contract) -> str:
     """
     calendar = view.calendar
     return fingerprint(
-        folds.FORMAT,
+        layout.FORMAT,
         (contract.entity, contract.time, microseconds(contract.lateness), microseconds(contract.future)),
-        [(w.field, microseconds(w.length), microseconds(w.hop), [str(f) for f in w.folds]) for w in view.windows],
+        [_computed(window) for window in view.windows],
         [(lag.field, microseconds(lag.offset), microseconds(lag.hop)) for lag in view.lags],
         view.inputs,
         (calendar.zone, microseconds(calendar.ahead), calendar.parts) if calendar else None,
@@ -172,8 +215,7 @@ def event_columns(plan: Plan, events: pa.Table) -> EventColumns:
     """The columns of ``events`` (events table rows) that ``plan`` folds; a null value becomes NaN."""
     values = np.empty((events.num_rows, len(plan.fields)), dtype=np.float64)
     for place, name in enumerate(plan.fields):
-        column = pc.fill_null(events.column(name).cast(pa.float64()), np.nan)
-        values[:, place] = column.to_numpy()
+        values[:, place] = _numbers(events.column(name))
     encoded = events.column(plan.contract.entity).combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = sorted(found)
@@ -188,6 +230,40 @@ def event_columns(plan: Plan, events: pa.Table) -> EventColumns:
         sequences=events.column(SEQUENCE).to_numpy(),
         values=values,
     )
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as float64, NaN for null; a string as 53 bits of its XXH3, which is all that its folds ask for."""
+    if not pa.types.is_string(column.type):
+        found: np.ndarray = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
+        return found
+    encoded = column.combine_chunks().dictionary_encode()
+    hashes = [float(xxhash.xxh3_64_intdigest(text.encode()) >> 11) for text in encoded.dictionary.to_pylist()]
+    places = pc.fill_null(encoded.indices, len(hashes)).to_numpy(zero_copy_only=False)
+    numbers: np.ndarray = np.array([*hashes, np.nan])[places]
+    return numbers
+
+
+def take(columns: EventColumns, rows: np.ndarray) -> EventColumns:
+    """The given rows, in the given order."""
+    return replace(
+        columns,
+        entities=columns.entities[rows],
+        times=columns.times[rows],
+        orders=columns.orders[rows],
+        known_at=columns.known_at[rows],
+        sequences=columns.sequences[rows],
+        values=columns.values[rows],
+    )
+
+
+def by_entity(columns: EventColumns, order: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The rows in ``order`` of each entity that has any, entities ascending."""
+    grouped = order[np.argsort(columns.entities[order], kind="stable")]
+    edges = np.searchsorted(columns.entities[grouped], np.arange(len(columns.names) + 1))
+    for place, name in enumerate(columns.names):
+        if edges[place] < edges[place + 1]:
+            yield name, grouped[edges[place] : edges[place + 1]]
 
 
 def eligible(plan: Plan, columns: EventColumns) -> np.ndarray:

@@ -15,7 +15,14 @@ from pipelines.spec.base import Spec, duration_label, microseconds
 
 
 class Fold(StrEnum):
-    """The folds a window can compute over the non-null values of one field."""
+    """The folds a window can compute over the non-null values of one field, in canonical order.
+
+    Of no value, COUNT, SUM and DISTINCT are 0 and all others NaN. STD is the sample's and needs two values; DELTA is
+    last less first; SLOPE is the least-squares slope in units per second and needs two different times; EWM is the
+    exponentially weighted mean with the window's ``half_life``; DISTINCT is exact below 64 different values and then
+    an estimate (standard error 13 %); MISSING is the share of events whose value is null; SINCE is the seconds since
+    the last value. Numbers and booleans take every fold, strings COUNT, DISTINCT, MISSING and SINCE.
+    """
 
     COUNT = "count"
     SUM = "sum"
@@ -23,7 +30,17 @@ class Fold(StrEnum):
     MIN = "min"
     MAX = "max"
     STD = "std"
+    FIRST = "first"
     LAST = "last"
+    DELTA = "delta"
+    SLOPE = "slope"
+    EWM = "ewm"
+    DISTINCT = "distinct"
+    MISSING = "missing"
+    SINCE = "since"
+
+
+FOLDS_OF_STRINGS = frozenset({Fold.COUNT, Fold.DISTINCT, Fold.MISSING, Fold.SINCE})
 
 
 class Window(Spec):
@@ -37,6 +54,17 @@ class Window(Spec):
     length: timedelta
     hop: timedelta
     folds: tuple[Fold, ...]
+    half_life: timedelta | None = None
+
+    @model_validator(mode="after")
+    def _folds_are_complete(self) -> Self:
+        if not self.folds or len(set(self.folds)) < len(self.folds):
+            raise ValueError(f"window on {self.field!r}: folds {list(map(str, self.folds))} must be given, each once")
+        if (Fold.EWM in self.folds) != (self.half_life is not None):
+            raise ValueError(f"window on {self.field!r}: the fold 'ewm' and a half_life belong together; give both")
+        if self.half_life is not None and self.half_life <= timedelta(0):
+            raise ValueError(f"window on {self.field!r}: half_life {self.half_life} must be positive")
+        return self
 
     @model_validator(mode="after")
     def _tiles_are_whole(self) -> Self:

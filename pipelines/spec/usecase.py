@@ -11,12 +11,13 @@ from pydantic import model_validator
 from pipelines.spec.base import Spec
 from pipelines.spec.contract import Contract, FieldType
 from pipelines.spec.fallback import Fallback
-from pipelines.spec.features import FeatureView
+from pipelines.spec.features import FOLDS_OF_STRINGS, FeatureView
 from pipelines.spec.model import Gate, ModelSpec
 from pipelines.spec.release import ReleasePolicy
 from pipelines.spec.retraining import RetrainPolicy
 
 _NUMBERS = (FieldType.FLOAT, FieldType.INTEGER, FieldType.BOOLEAN)
+_COUNTABLE = (*_NUMBERS, FieldType.STRING)
 
 
 class UseCase(Spec):
@@ -38,8 +39,11 @@ class UseCase(Spec):
             if self.contract.field(name).type not in _NUMBERS:
                 raise ValueError(f"use case {self.name!r}: {role} {name!r} must be a number")
 
-        for name in (*(window.field for window in self.view.windows), *(lag.field for lag in self.view.lags)):
-            number("windowed field", name)
+        for window in self.view.windows:
+            if not (set(window.folds) <= FOLDS_OF_STRINGS and self.contract.field(window.field).type in _COUNTABLE):
+                number(f"field of {', '.join(map(str, window.folds))}", window.field)
+        for lag in self.view.lags:
+            number("lagged field", lag.field)
         number("target", self.model.target.field)
         strings, columns = {self.contract.entity}, set(self.view.stored) | set(self.view.calendar_columns)
         for name in self.view.inputs:

@@ -6,8 +6,10 @@ It says what a stored feature *is*; every kernel must equal it to the last bit.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from pipelines.spec import Contract, FeatureView, Fold
 from pipelines.spec.base import microseconds
@@ -24,55 +26,131 @@ class Event:
 
 
 @dataclass
-class Moments:
+class Part:
+    """Everything that any fold needs of the values of a part of time, and how many were null."""
+
+    half_life: int | None
     n: float = 0.0
     total: float = 0.0
     mean: float = 0.0
     m2: float = 0.0
     low: float = NAN
     high: float = NAN
+    first: float = NAN
     last: float = NAN
+    nulls: float = 0.0
+    origin: int | None = None
     newest: int | None = None
+    # The line: mean seconds after the origin, squared and mixed deviations.
+    seconds: float = 0.0
+    squares: float = 0.0
+    mixed: float = 0.0
+    # The decayed weights and values as of the newest.
+    weight: float = 0.0
+    weighted: float = 0.0
+    different: frozenset[int] = frozenset()
 
-    def update(self, value: float, time: int) -> None:
+    def update(self, value: float | None, time: int) -> None:
+        if value is None or math.isnan(value):
+            self.nulls += 1
+            return
+        if self.origin is None or self.newest is None:
+            self.origin = self.newest = time
+            self.low = self.high = self.first = value
         self.n += 1
         self.total += value
         delta = value - self.mean
         self.mean += delta / self.n
         self.m2 += delta * (value - self.mean)
-        if self.n == 1 or value < self.low:
-            self.low = value
-        if self.n == 1 or value > self.high:
-            self.high = value
+        after = (time - self.origin) / 1e6 - self.seconds
+        self.seconds += after / self.n
+        self.squares += after * ((time - self.origin) / 1e6 - self.seconds)
+        self.mixed += after * (value - self.mean)
+        if self.half_life is not None:
+            left = halved((time - self.newest) / self.half_life)
+            self.weight, self.weighted = self.weight * left + 1, self.weighted * left + value
+        self.low = value if value < self.low else self.low
+        self.high = value if value > self.high else self.high
+        self.different |= {hashed(value)}
         self.last, self.newest = value, time
 
 
-def merge(a: Moments, b: Moments) -> Moments:
-    if a.n == 0 or b.n == 0:
-        return b if a.n == 0 else a
-    n, delta = a.n + b.n, b.mean - a.mean
-    return Moments(
+def halved(times: float) -> float:
+    """2 ** -times by its Taylor series around the next whole number, in the kernels' order of operations."""
+    if times >= 1070:
+        return 0.0
+    y = 1.0
+    for k in range(13, 0, -1):
+        y = 1.0 + (round(times) - times) * 0.6931471805599453 * y / k
+    return math.ldexp(y, -round(times))
+
+
+def hashed(value: float) -> int:
+    """The finaliser of SplitMix64 on the bits of a float, less the last bit."""
+    (x,) = struct.unpack("<Q", struct.pack("<d", value + 0.0))
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return (x ^ (x >> 31)) >> 1
+
+
+def merge(a: Part, b: Part) -> Part:
+    if b.n == 0 or b.newest is None or b.origin is None:
+        return replace(a, nulls=a.nulls + b.nulls)
+    if a.n == 0 or a.newest is None or a.origin is None:
+        return replace(b, nulls=a.nulls + b.nulls)
+    n, share = a.n + b.n, b.n / (a.n + b.n)
+    delta = b.mean - a.mean
+    after = (b.origin - a.origin) / 1e6 + b.seconds - a.seconds
+    left = halved((b.newest - a.newest) / a.half_life) if a.half_life else 0.0
+    return Part(
+        half_life=a.half_life,
         n=n,
         total=a.total + b.total,
-        mean=a.mean + delta * (b.n / n),
-        m2=(a.m2 + b.m2) + delta * delta * (a.n * b.n / n),
+        mean=a.mean + delta * share,
+        m2=(a.m2 + b.m2) + delta * delta * (a.n * share),
         low=b.low if b.low < a.low else a.low,
         high=b.high if b.high > a.high else a.high,
+        first=a.first,
         last=b.last,
+        nulls=a.nulls + b.nulls,
+        origin=a.origin,
         newest=b.newest,
+        seconds=a.seconds + after * share,
+        squares=(a.squares + b.squares) + after * after * (a.n * share),
+        mixed=(a.mixed + b.mixed) + after * delta * (a.n * share),
+        weight=a.weight * left + b.weight,
+        weighted=a.weighted * left + b.weighted,
+        different=a.different | b.different,
     )
 
 
-def finish(fold: Fold, m: Moments) -> float:
+def finish(fold: Fold, part: Part, now: int) -> float:
     if fold is Fold.COUNT:
-        return m.n
+        return part.n
     if fold is Fold.SUM:
-        return m.total
-    if fold is Fold.STD:
-        return math.sqrt(m.m2 / (m.n - 1)) if m.n >= 2 else NAN
-    if m.n == 0:
+        return part.total
+    if fold is Fold.DISTINCT:
+        kept = sorted(part.different)[:64]
+        return float(len(kept)) if len(kept) < 64 else float(round(63 / (kept[-1] / 2**63)))
+    if fold is Fold.MISSING:
+        return part.nulls / (part.n + part.nulls) if part.n + part.nulls else NAN
+    if part.n == 0 or part.newest is None:
         return NAN
-    return {Fold.MEAN: m.mean, Fold.MIN: m.low, Fold.MAX: m.high, Fold.LAST: m.last}[fold]
+    if fold is Fold.STD:
+        return math.sqrt(part.m2 / (part.n - 1)) if part.n >= 2 else NAN
+    if fold is Fold.SLOPE:
+        return part.mixed / part.squares if part.squares > 0 else NAN
+    if fold is Fold.EWM:
+        return part.weighted / part.weight
+    return {
+        Fold.MEAN: part.mean,
+        Fold.MIN: part.low,
+        Fold.MAX: part.high,
+        Fold.FIRST: part.first,
+        Fold.LAST: part.last,
+        Fold.DELTA: part.last - part.first,
+        Fold.SINCE: (now - part.newest) / 1e6,
+    }[fold]
 
 
 def features(
@@ -87,26 +165,25 @@ def features(
         key=lambda e: (e.time, e.order),
     )
 
-    def tile(name: str, hop: int, index: int) -> Moments:
-        moments = Moments()
+    def tile(name: str, hop: int, index: int, half_life: timedelta | None = None) -> Part:
+        part = Part(microseconds(half_life) if half_life else None)
         for event in eligible:
-            value = event.values.get(name)
-            if event.time // hop == index and value is not None and not math.isnan(value):
-                moments.update(value, event.time)
-        return moments
+            if event.time // hop == index:
+                part.update(event.values.get(name), event.time)
+        return part
 
     answer: list[tuple[float, int | None]] = []
     for window in view.windows:
         hop, n = microseconds(window.hop), window.tiles
         k = now // hop
         block = (k // n) * n  # the first tile of the block that holds the open tile
-        suffix, prefix = Moments(), Moments()
+        suffix, prefix = Part(None), Part(None)
         for index in range(block - 1, k - n - 1, -1):
-            suffix = merge(tile(window.field, hop, index), suffix)
+            suffix = merge(tile(window.field, hop, index, window.half_life), suffix)
         for index in range(block, k):
-            prefix = merge(prefix, tile(window.field, hop, index))
-        whole = merge(merge(suffix, prefix), tile(window.field, hop, k))
-        answer += [(finish(fold, whole), whole.newest) for fold in window.folds]
+            prefix = merge(prefix, tile(window.field, hop, index, window.half_life))
+        whole = merge(merge(suffix, prefix), tile(window.field, hop, k, window.half_life))
+        answer += [(finish(fold, whole, now), whole.newest) for fold in window.folds]
     for lag in view.lags:
         hop = microseconds(lag.hop)
         found = tile(lag.field, hop, now // hop - lag.offset // lag.hop)

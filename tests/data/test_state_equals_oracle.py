@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.features.offline import sweep
 from pipelines.features.served import Status
 from pipelines.features.state import EntityState, StateError
+from pipelines.features.sweep import Reads, sweep
 from pipelines.features.windows import EventColumns
 from tests.data.oracle import Event
 from tests.data.worlds import BASE, PLAN, VIEW, World, arrays, counted, expected, same_bits, worlds
@@ -39,11 +39,15 @@ def test_online_state_equals_the_oracle_at_every_read(world: World) -> None:
 def test_offline_sweep_equals_the_oracle_at_every_read(world: World) -> None:
     seen = counted(PLAN, world.events)
     times, orders, values = arrays(PLAN, seen)
-    columns = EventColumns(("m",), np.zeros_like(times), times, orders, times, times, values)
-    cuts = np.array([len(counted(PLAN, world.events[: read.cut])) for read in world.reads], np.int64)
-    swept = sweep(PLAN, columns, cuts, np.array([read.now for read in world.reads], np.int64))
+    known_at, sequences = np.array([e.known_at for e in seen], np.int64), np.arange(1, len(seen) + 1)
+    columns = EventColumns(("m",), np.zeros_like(times), times, orders, known_at, sequences, values)
+    bounds = np.array([len(counted(PLAN, world.events[: read.cut])) for read in world.reads], np.int64)
+    moments = np.array([read.now for read in world.reads], np.int64)
+    swept = sweep(PLAN, columns, sequences, Reads(np.zeros_like(moments), moments, bounds))
     for place, read in enumerate(world.reads):
-        assert same_bits(swept.values[place], expected(world, read)[0])
+        values, newest = expected(world, read)
+        assert same_bits(swept.values[place], values)
+        assert same_bits(swept.age_s[place], np.where(newest < 0, np.nan, (read.now - newest) / 1e6))
 
 
 @given(worlds(), st.data())
@@ -109,7 +113,7 @@ def test_status_is_missing_stale_or_fresh_by_value_and_age() -> None:
 def test_nothing_known_reads_as_zero_counts_and_missing_values() -> None:
     vector = EntityState(PLAN).read(BASE)
     for name, value, status in zip(PLAN.features, vector.values, vector.status, strict=True):
-        if "_count_" in name or "_sum_" in name:
+        if name.split("_")[1] in ("count", "sum", "distinct"):
             assert (value, status) == (0.0, Status.STALE)
         else:
             assert np.isnan(value)

@@ -4,6 +4,7 @@ times.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipelines.contracts.events import (
     EVENT_ID,
@@ -20,10 +22,11 @@ from pipelines.contracts.events import (
     encode_event,
     from_microseconds,
 )
-from pipelines.features.offline import LABEL, STATUS, TIME, build_examples, sweep
+from pipelines.features.offline import LABEL, STATUS, TIME, build_examples
 from pipelines.features.state import EntityState, StateError
+from pipelines.features.sweep import Reads, places, sweep
 from pipelines.features.windows import EventColumns, compile_plan, event_columns
-from pipelines.spec import FeatureView, Fold, Lag, ModelSpec, Split, Target, UseCase, Window
+from pipelines.spec import FeatureView, Field, FieldType, Fold, Lag, ModelSpec, Split, Target, UseCase, Window
 from tests.data.oracle import Event, features
 from tests.data.worlds import BASE, CONTRACT, PLAN, SECOND, VIEW, arrays, same_bits
 
@@ -63,7 +66,7 @@ def test_a_lag_is_the_last_value_of_exactly_its_tile() -> None:
 def test_windows_of_any_length_agree_with_the_oracle_on_either_side_of_the_epoch(
     tiles: int, events: int, first: int
 ) -> None:
-    window = Window(field="flow", length=tiles * SECOND, hop=SECOND, folds=tuple(Fold))
+    window = Window(field="flow", length=tiles * SECOND, hop=SECOND, folds=tuple(Fold), half_life=SECOND)
     view = FeatureView(name="v", windows=(window,), ttl=SECOND)
     plan = compile_plan(view, CONTRACT)
     rng = np.random.default_rng(events)
@@ -84,13 +87,63 @@ def test_event_columns_turn_nulls_into_nan_and_times_into_microseconds() -> None
     assert same_bits(columns.values[:, 0], np.array([1.5, np.nan]))
 
 
-def test_a_sweep_refuses_reads_in_the_wrong_order_and_times_it_cannot_tell() -> None:
-    one = np.array([BASE], np.int64)
-    columns = EventColumns(("m",), one * 0, one, one, one, one, np.ones((1, 2)))
-    with pytest.raises(ValueError, match="ascend"):
-        sweep(PLAN, columns, np.array([1, 0]), np.array([BASE, BASE]))
-    with pytest.raises(StateError, match="future"):
-        sweep(PLAN, columns, np.array([1]), np.array([BASE - PLAN.reach_us - 1]))
+def test_a_sweep_refuses_events_ahead_of_when_they_became_known() -> None:
+    now = np.array([BASE], np.int64)
+    reads = Reads(now * 0, now, now)
+    ahead = EventColumns(("m",), now * 0, now + 20_000_000, now, now, now, np.ones((1, 2)))
+    assert sweep(PLAN, ahead, now, reads).values[0, PLAN.features.index("flow_count_1m")] == 0.0
+    with pytest.raises(StateError, match=r"contract\.future"):
+        sweep(PLAN, replace(ahead, times=ahead.times + 1), now, reads)
+
+
+def test_reads_may_come_in_any_order_and_of_unknown_entities() -> None:
+    times = BASE + np.arange(4) * TILE
+    columns = EventColumns(("a", "b"), np.array([0, 1, 0, 1]), times, times, times, times, np.ones((4, 2)))
+    asked = places(columns, np.array(["b", "a", "c", "a", "b"], dtype=object))
+    moments = BASE + np.array([9, 0, 1, 2, 3]) * TILE
+    found = sweep(PLAN, columns, times, Reads(asked, moments, moments)).values
+    assert found[:, PLAN.features.index("level_count_7m")].tolist() == [2.0, 1.0, 0.0, 2.0, 2.0]
+
+
+def test_strings_are_counted_by_what_they_say() -> None:
+    fields = (*CONTRACT.fields, Field(name="valve", type=FieldType.STRING, nullable=True))
+    contract = CONTRACT.model_copy(update={"fields": fields})
+    folds = (Fold.COUNT, Fold.DISTINCT, Fold.MISSING, Fold.SINCE)
+    view = FeatureView(
+        name="v", windows=(Window(field="valve", length=60 * SECOND, hop=20 * SECOND, folds=folds),), ttl=SECOND
+    )
+    told = [("open", 0), ("shut", 1), (None, 2), ("open", 3), ("", 4)]
+    blobs = [
+        encode_event(contract, {"meter": "a", "at": from_microseconds(BASE + i * 1_000_000), "valve": text})
+        for text, i in told
+    ]
+    rows = decode_events(contract, blobs, [BASE] * 5, [0] * 5, load_id="t", buckets=1)
+    plan = compile_plan(view, contract)
+    columns = event_columns(plan, rows)
+    moment = np.array([BASE + 5_000_000])
+    found = sweep(plan, columns, columns.known_at, Reads(np.zeros(1, np.int64), moment, moment)).values[0]
+    assert found.tolist() == [4.0, 3.0, 0.2, 1.0]
+    case = use_case(60 * SECOND).model_dump() | {"contract": contract, "view": view}
+    numbers = Window(field="valve", length=60 * SECOND, hop=20 * SECOND, folds=(Fold.COUNT, Fold.MEAN))
+    with pytest.raises(ValidationError, match="'valve' must be a number"):
+        UseCase(**case | {"view": view.model_copy(update={"windows": (numbers,)})})
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"folds": ()}, "each once"),
+        ({"folds": (Fold.SUM, Fold.SUM)}, "each once"),
+        ({"folds": (Fold.EWM,)}, "half_life"),
+        ({"half_life": SECOND}, "half_life"),
+        ({"folds": (Fold.EWM,), "half_life": 0 * SECOND}, "positive"),
+        ({"hop": 7 * SECOND}, "multiple"),
+    ],
+)
+def test_a_window_that_cannot_be_computed_is_refused(changed: dict, complaint: str) -> None:
+    whole = {"field": "flow", "length": 60 * SECOND, "hop": 20 * SECOND, "folds": (Fold.SUM,)}
+    with pytest.raises(ValidationError, match=complaint):
+        Window(**whole | changed)
 
 
 def use_case(horizon: timedelta) -> UseCase:

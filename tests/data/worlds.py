@@ -37,10 +37,11 @@ CONTRACT = Contract(
 VIEW = FeatureView(
     name="meter_state",
     windows=(
-        Window(field="flow", length=60 * SECOND, hop=20 * SECOND, folds=tuple(Fold)),
-        Window(field="flow", length=300 * SECOND, hop=60 * SECOND, folds=(Fold.MEAN, Fold.STD, Fold.SUM)),
+        Window(field="flow", length=60 * SECOND, hop=20 * SECOND, folds=tuple(Fold), half_life=15 * SECOND),
+        Window(field="flow", length=300 * SECOND, hop=60 * SECOND, folds=(Fold.SLOPE, Fold.MEAN, Fold.STD, Fold.SUM)),
         Window(field="level", length=40 * SECOND, hop=40 * SECOND, folds=(Fold.LAST, Fold.MIN)),
-        Window(field="level", length=420 * SECOND, hop=20 * SECOND, folds=(Fold.STD, Fold.COUNT, Fold.MAX)),
+        Window(field="level", length=420 * SECOND, hop=20 * SECOND,
+               folds=(Fold.EWM, Fold.STD, Fold.DISTINCT, Fold.COUNT, Fold.MAX), half_life=timedelta(days=1)),
     ),
     lags=(
         Lag(field="flow", offset=60 * SECOND, hop=20 * SECOND),

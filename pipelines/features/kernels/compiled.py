@@ -8,10 +8,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
-from numba import config, njit
+from numba import njit
+from numba.core import config as _config
 
 _PACKAGE = Path(__file__).parent
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+# numba's stubs know neither its settings nor all of its options.
+_settings: Any = _config
+_njit: Any = njit
 
 
 def _directory() -> str:
@@ -23,7 +28,7 @@ def _directory() -> str:
     digest = blake2b(digest_size=8)
     for path in sorted(_PACKAGE.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return os.path.join(config.CACHE_DIR or _PACKAGE / "__pycache__", digest.hexdigest())
+    return os.path.join(_settings.CACHE_DIR or _PACKAGE / "__pycache__", digest.hexdigest())
 
 
 _DIRECTORY = _directory()
@@ -34,10 +39,26 @@ def compiled(kernel: _Kernel) -> _Kernel:
 
     ``fastmath`` is off, because it would let the compiler reassociate; the interpreter's lock is released.
     """
-    base, config.CACHE_DIR = config.CACHE_DIR, _DIRECTORY
+    return _compiled(kernel, callable_from_python=True)
+
+
+def inner(kernel: _Kernel) -> _Kernel:
+    """``compiled`` for a function that only kernels call, which spares it an entry for the interpreter."""
+    return _compiled(kernel, callable_from_python=False)
+
+
+def _compiled(kernel: _Kernel, callable_from_python: bool) -> _Kernel:
+    base, _settings.CACHE_DIR = _settings.CACHE_DIR, _DIRECTORY
     try:
-        made: Any = njit(cache=True, fastmath=False, error_model="numpy", nogil=True)(kernel)
+        made = _njit(
+            cache=True,
+            fastmath=False,
+            error_model="numpy",
+            nogil=True,
+            no_cpython_wrapper=not callable_from_python,
+            no_cfunc_wrapper=True,
+        )(kernel)
     finally:
-        config.CACHE_DIR = base
+        _settings.CACHE_DIR = base
     kept: _Kernel = made
     return kept

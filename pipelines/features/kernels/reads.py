@@ -1,0 +1,149 @@
+"""How stored features are read from entity state.
+
+A window is the suffix of the previous block of tiles, the prefix of this block and the open tile, blocks being
+aligned to absolute time: the association that ``rolling`` has too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipelines.features.kernels import decay, distinct, families, latest, moments, trend
+from pipelines.features.kernels.compiled import compiled, inner
+from pipelines.features.kernels.families import empty, finish, load, merge, newest
+from pipelines.features.kernels.layout import (
+    EMPTY,
+    FRESH,
+    L_OUT,
+    L_ROW,
+    L_SERIES,
+    L_TILES,
+    MISSING,
+    NEWEST,
+    P_HEADER,
+    P_LAGS,
+    P_REACH,
+    P_SERIES,
+    P_TTL,
+    P_WINDOWS,
+    S_FAMILY,
+    S_HALF_LIFE,
+    S_HOP,
+    S_RING,
+    S_ROW,
+    S_TILES,
+    S_WIDTH,
+    SEEN,
+    STALE,
+    W_CODES,
+    W_FOLDS,
+    W_OUTS,
+    W_ROW,
+    W_SERIES,
+    W_TILES,
+)
+from pipelines.features.kernels.tiles import from_raw, load_tile
+
+
+@inner
+def judge(
+    value: float, newest: int, now: int, ttl: int, i: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
+) -> None:
+    """Writes one value with its age and status; nothing newer than ``ttl`` (us) contributed to a STALE one."""
+    values[i] = value
+    age[i] = (now - newest) / 1e6 if newest != EMPTY else np.nan
+    if np.isnan(value):
+        status[i] = MISSING
+    elif newest == EMPTY or now - newest > ttl:
+        status[i] = STALE
+    else:
+        status[i] = FRESH
+
+
+@inner
+def finish_window(
+    whole: Any, program: np.ndarray, w: int, now: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
+) -> None:
+    """Writes the folds of the window at program word ``w``, whose accumulator at ``now`` is ``whole``."""
+    at = newest(whole)
+    for f in range(program[w + W_FOLDS]):
+        value = finish(program[w + W_CODES + f], whole, now)
+        judge(value, at, now, program[P_TTL], program[w + W_OUTS + f], values, status, age)
+
+
+@inner
+def _window(
+    like: Any,
+    state: np.ndarray,
+    floats: np.ndarray,
+    program: np.ndarray,
+    w: int,
+    now: int,
+    values: np.ndarray,
+    status: np.ndarray,
+    age: np.ndarray,
+) -> None:
+    series = P_HEADER + program[w + W_SERIES] * S_ROW
+    ring, width, tiles = program[series + S_RING], program[series + S_WIDTH], program[series + S_TILES]
+    n = program[w + W_TILES]
+    k = now // program[series + S_HOP]
+    block = (k // n) * n
+    suffix, prefix = empty(like), empty(like)
+    place = (block - 1) % ring
+    for tag in range(block - 1, k - n - 1, -1):
+        at = tiles + place * width
+        if state[at] == tag:
+            suffix = merge(load(like, state, floats, at + 1), suffix)
+        place = ring - 1 if place == 0 else place - 1
+    place = block % ring
+    for tag in range(block, k):
+        at = tiles + place * width
+        if state[at] == tag:
+            prefix = merge(prefix, load(like, state, floats, at + 1))
+        place = 0 if place == ring - 1 else place + 1
+    if now >= state[NEWEST]:
+        head = load_tile(like, state, floats, tiles + (k % ring) * width, k)
+    else:
+        head = from_raw(like, state, floats, program, series, k, now)
+    finish_window(merge(merge(suffix, prefix), head), program, w, now, values, status, age)
+
+
+@compiled
+def read(
+    state: np.ndarray, program: np.ndarray, others: bool | None, now: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray,
+) -> bool:  # fmt: skip
+    """Fills one vector of stored features as of ``now``; False when the state has moved on too far for that.
+
+    values, age (seconds) float64[features], status uint8[features]; ``others`` as in ``tiles.apply``.
+    """
+    if state[SEEN] > 0 and now < state[NEWEST] - program[P_REACH]:
+        return False
+    floats = state.view(np.float64)
+    windows = P_HEADER + program[P_SERIES] * S_ROW
+    lags = windows + program[P_WINDOWS] * W_ROW
+    for w in range(windows, lags, W_ROW):
+        series = P_HEADER + program[w + W_SERIES] * S_ROW
+        family = program[series + S_FAMILY]
+        if family == families.MOMENTS:
+            _window(moments.NOTHING, state, floats, program, w, now, values, status, age)
+        elif others is not None:
+            if family == families.TREND:
+                _window(trend.NOTHING, state, floats, program, w, now, values, status, age)
+            elif family == families.DECAY:
+                like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
+                _window(like, state, floats, program, w, now, values, status, age)
+            else:
+                _window(distinct.nothing(), state, floats, program, w, now, values, status, age)
+    for at in range(lags, lags + program[P_LAGS] * L_ROW, L_ROW):
+        series = P_HEADER + program[at + L_SERIES] * S_ROW
+        tag = now // program[series + S_HOP] - program[at + L_TILES]
+        tile = program[series + S_TILES] + (tag % program[series + S_RING]) * program[series + S_WIDTH]
+        found = load_tile(latest.NOTHING, state, floats, tile, tag)
+        judge(found.last, found.newest, now, _NEVER, program[at + L_OUT], values, status, age)
+    return True
+
+
+_NEVER = 1 << 62  # a lag is as old as it is meant to be

@@ -1,0 +1,180 @@
+"""How events are put into entity state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipelines.features.kernels import decay, distinct, families, latest, moments, trend
+from pipelines.features.kernels.compiled import compiled, inner
+from pipelines.features.kernels.families import empty, load, store, update
+from pipelines.features.kernels.layout import (
+    COUNT,
+    EMPTY,
+    NEWEST,
+    P_FIELDS,
+    P_FIXED,
+    P_HEADER,
+    P_REACH,
+    P_SERIES,
+    S_FAMILY,
+    S_FIELD,
+    S_HALF_LIFE,
+    S_HOP,
+    S_RING,
+    S_ROW,
+    S_SETTLED,
+    S_TILES,
+    S_WIDTH,
+    SEEN,
+    START,
+    UNPLACED,
+)
+
+_FOREVER = 1 << 62
+
+
+@inner
+def load_tile(like: Any, state: np.ndarray, floats: np.ndarray, at: int, tag: int) -> Any:
+    """The tile at word ``at`` when it is tile ``tag``, else nothing."""
+    if state[at] != tag:
+        return empty(like)
+    return load(like, state, floats, at + 1)
+
+
+@inner
+def from_raw(
+    like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, tag: int, until: int
+) -> Any:
+    """Tile ``tag`` of a series folded again: its settled part, then its raw events up to time ``until``."""
+    a = load_tile(like, state, floats, program[series + S_SETTLED], tag)
+    begin = tag * program[series + S_HOP]
+    end = begin + program[series + S_HOP]
+    row = 2 + program[P_FIELDS]
+    first = program[P_FIXED] + state[START] * row
+    for at in range(first, first + state[COUNT] * row, row):
+        if state[at] > until or state[at] >= end:
+            break
+        if state[at] >= begin:
+            a = update(a, floats[at + 2 + program[series + S_FIELD]], state[at])
+    return a
+
+
+@inner
+def _settle_into(
+    like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, time: int, value: float
+) -> None:
+    tag, settled = time // program[series + S_HOP], program[series + S_SETTLED]
+    a = update(load_tile(like, state, floats, settled, tag), value, time)
+    state[settled] = tag
+    store(a, state, floats, settled + 1)
+
+
+@inner
+def _fold_in(
+    like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, time: int, value: float,
+    newest: bool,
+) -> None:  # fmt: skip
+    tag = time // program[series + S_HOP]
+    tile = program[series + S_TILES] + (tag % program[series + S_RING]) * program[series + S_WIDTH]
+    if state[tile] > tag:
+        return  # the ring has gone round: no read can reach this tile any more
+    if newest:
+        a = update(load_tile(like, state, floats, tile, tag), value, time)
+    else:
+        a = from_raw(like, state, floats, program, series, tag, _FOREVER)
+    state[tile] = tag
+    store(a, state, floats, tile + 1)
+
+
+@inner
+def _settle(state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None) -> None:
+    """Moves raw events that nothing can precede any more into the settled part of their tiles."""
+    row = 2 + program[P_FIELDS]
+    while state[COUNT] > 0:
+        at = program[P_FIXED] + state[START] * row
+        time = state[at]
+        if time >= state[NEWEST] - program[P_REACH]:
+            break
+        for s in range(program[P_SERIES]):
+            series = P_HEADER + s * S_ROW
+            value = floats[at + 2 + program[series + S_FIELD]]
+            family = program[series + S_FAMILY]
+            if family == families.LATEST:
+                _settle_into(latest.NOTHING, state, floats, program, series, time, value)
+            elif family == families.MOMENTS:
+                _settle_into(moments.NOTHING, state, floats, program, series, time, value)
+            elif others is not None:
+                if family == families.TREND:
+                    _settle_into(trend.NOTHING, state, floats, program, series, time, value)
+                elif family == families.DECAY:
+                    like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
+                    _settle_into(like, state, floats, program, series, time, value)
+                else:
+                    _settle_into(distinct.nothing(), state, floats, program, series, time, value)
+        state[START] += 1
+        state[COUNT] -= 1
+
+
+@inner
+def _insert(
+    state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None, time: int, order: int,
+    values: np.ndarray,
+) -> None:  # fmt: skip
+    """Puts one event in its canonical place and folds the tiles that it touches.
+
+    ``state`` must have room for one more raw event behind the last.
+    """
+    if state[SEEN] > 0 and time < state[NEWEST] - program[P_REACH]:
+        state[UNPLACED] += 1
+        return
+    row = 2 + program[P_FIELDS]
+    first = program[P_FIXED] + state[START] * row
+    end = first + state[COUNT] * row
+    at = end
+    while at > first and (state[at - row] > time or (state[at - row] == time and state[at - row + 1] > order)):
+        for word in range(row):
+            state[at + word] = state[at - row + word]
+        at -= row
+    state[at] = time
+    state[at + 1] = order
+    for field in range(program[P_FIELDS]):
+        floats[at + 2 + field] = values[field]
+    state[COUNT] += 1
+    state[SEEN] += 1
+    newest = at == end
+    for s in range(program[P_SERIES]):
+        series = P_HEADER + s * S_ROW
+        value = values[program[series + S_FIELD]]
+        family = program[series + S_FAMILY]
+        if family == families.LATEST:
+            _fold_in(latest.NOTHING, state, floats, program, series, time, value, newest)
+        elif family == families.MOMENTS:
+            _fold_in(moments.NOTHING, state, floats, program, series, time, value, newest)
+        elif others is not None:
+            if family == families.TREND:
+                _fold_in(trend.NOTHING, state, floats, program, series, time, value, newest)
+            elif family == families.DECAY:
+                like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
+                _fold_in(like, state, floats, program, series, time, value, newest)
+            else:
+                _fold_in(distinct.nothing(), state, floats, program, series, time, value, newest)
+    if state[SEEN] == 1 or time > state[NEWEST]:
+        state[NEWEST] = time
+    _settle(state, floats, program, others)
+
+
+@compiled
+def apply(
+    state: np.ndarray, program: np.ndarray, others: bool | None, times: np.ndarray, orders: np.ndarray,
+    values: np.ndarray,
+) -> None:  # fmt: skip
+    """Applies events (times, orders int64[m], values float64[m, fields]) to ``state``, which must have room.
+
+    In whatever order and however split events arrive, the state becomes the same function of their set. ``others``
+    is None for a program without families beyond LATEST and MOMENTS: their code is then not even compiled.
+    """
+    floats = state.view(np.float64)
+    for i in range(times.shape[0]):
+        _insert(state, floats, program, others, times[i], orders[i], values[i])

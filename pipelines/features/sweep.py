@@ -1,0 +1,78 @@
+"""Stored features of the past: what a state would have answered, made from the events table alone.
+
+The folds are those of entity state and so is the order in which they are merged, so a value made here equals the
+served one bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.contracts.events import from_microseconds
+from pipelines.features.kernels import rolling
+from pipelines.features.state import StateError
+from pipelines.features.windows import EventColumns, Plan, eligible
+from pipelines.spec.base import microseconds
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Reads of stored features, one per row, in any order.
+
+    entities int64[q] are places in ``EventColumns.names`` (-1: no event is known of it), moments int64[q] (us) when
+    features are taken; a read sees the events whose ``known`` number is at most its bound, int64[q].
+    """
+
+    entities: np.ndarray
+    moments: np.ndarray
+    bounds: np.ndarray
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Stored features of reads, in their order: values, age_s float64[q, s], status uint8[q, s]."""
+
+    values: np.ndarray
+    status: np.ndarray
+    age_s: np.ndarray
+
+
+def places(columns: EventColumns, entities: np.ndarray) -> np.ndarray:
+    """Where in ``columns.names`` each of ``entities`` (object[n] of str) is, int64[n], -1 for none."""
+    index = {name: place for place, name in enumerate(columns.names)}
+    return np.fromiter((index.get(name, -1) for name in entities.tolist()), np.int64, len(entities))
+
+
+def sweep(plan: Plan, columns: EventColumns, known: np.ndarray, reads: Reads) -> Swept:
+    """The stored features of ``reads``, from those of the events ``columns`` that count for features.
+
+    ``known`` int64[n] is an event's number in the order in which events became known: its ``known_at``, or a log
+    sequence. Raises ``StateError`` when an event lies further ahead of when it became known than the contract's
+    ``future`` allows: state would have refused reads until then.
+    """
+    kept = np.flatnonzero(eligible(plan, columns))
+    ahead = columns.times[kept] - columns.known_at[kept] > microseconds(plan.contract.future)
+    if ahead.any():
+        first = kept[np.argmax(ahead)]
+        raise StateError(
+            f"{int(ahead.sum())} events are further ahead of when they became known than contract.future "
+            f"({plan.contract.future}) allows; the first is of {columns.names[columns.entities[first]]!r} at "
+            f"{from_microseconds(int(columns.times[first]))}. The events table was not written through the contract: "
+            "remove these rows"
+        )
+    order = kept[np.lexsort((columns.orders[kept], columns.times[kept], columns.entities[kept]))]
+    asked = np.where(reads.entities < 0, len(columns.names), reads.entities)
+    rows = np.lexsort((reads.moments, asked))
+    numbers = np.arange(len(columns.names) + 2)
+    shape = (len(rows), len(plan.features))
+    values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
+    rolling.roll(
+        plan.program, plan.others, columns.times[order], np.ascontiguousarray(columns.values[order].T), known[order],
+        np.searchsorted(columns.entities[order], numbers), reads.moments[rows], reads.bounds[rows],
+        np.searchsorted(asked[rows], numbers), values, status, age,
+    )  # fmt: skip
+    back = np.empty(len(rows), np.int64)
+    back[rows] = np.arange(len(rows))
+    return Swept(values[back], status[back], age[back])
