@@ -193,7 +193,7 @@ def _instants(column: pa.TimestampArray) -> tuple[pa.Array, np.ndarray | None]:
         ),
         pc.less_equal(counts, rules.LATEST_US * per_second // 10**6 if per_second <= 10**6 else rules.INT64_MAX),
     )
-    if per_second == 10**9:  # finer than microseconds cannot be kept
+    if per_second == 10**9:  # finer than microseconds cannot be kept; the rest lies within the years 1677 to 2262
         fits = pc.equal(pc.multiply(pc.divide(counts, 1000), 1000), counts)
     return _keep(column, fits, INSTANT)
 
@@ -220,8 +220,10 @@ def _keep(
     else:
         typed = pc.if_else(fits, column, pa.scalar(None, column.type)).cast(kind)
         bad = _mask(pc.and_(column.is_valid(), pc.invert(fits)))
-    if instants and (extent := pc.max(typed.cast(pa.int64())).as_py()) is not None and extent > rules.LATEST_US:
-        raise pa.ArrowInvalid("an instant beyond the year 9999")
+    if instants:
+        extent = pc.min_max(typed.cast(pa.int64())).as_py()
+        if extent["min"] is not None and not rules.EARLIEST_US <= extent["min"] <= extent["max"] <= rules.LATEST_US:
+            raise pa.ArrowInvalid("an instant outside of the years 1000 to 9999")
     return typed, bad
 
 

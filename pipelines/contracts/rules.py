@@ -27,7 +27,8 @@ LOAD_REFUSED = "load.refused"
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
-# RFC 3339 with a zone, at most microseconds, of years from 1000 on (Python and Arrow disagree about year 0).
+# RFC 3339 with a zone, at most microseconds, of years from 1000 on, in its zone and in UTC, so that what is kept can
+# be spelt again (Python and Arrow disagree about year 0).
 # Both engines match this text first, in syntax that Python's re and RE2 read alike.
 INSTANT_TEXT = (
     r"[1-9][0-9]{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])[T ]"
@@ -35,7 +36,8 @@ INSTANT_TEXT = (
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
 _INSTANT = re.compile(INSTANT_TEXT)
-EARLIEST_US = to_microseconds(datetime.min.replace(tzinfo=UTC))
+_EARLIEST = datetime(1000, 1, 1, tzinfo=UTC)
+EARLIEST_US = to_microseconds(_EARLIEST)
 LATEST_US = to_microseconds(datetime.max.replace(tzinfo=UTC))
 
 
@@ -76,9 +78,10 @@ def instant(value: Any) -> datetime | None:
     if not isinstance(value, datetime) or value.tzinfo is None:
         return None
     try:
-        return value.astimezone(UTC)
+        moment = value.astimezone(UTC)
     except OverflowError:  # its UTC moment lies outside of years 1 to 9999
         return None
+    return moment if moment >= _EARLIEST else None
 
 
 def is_text(value: str) -> bool:

@@ -21,7 +21,12 @@ _ZONED = re.compile(
 
 
 def moment(value: Any) -> datetime | None:
-    """RFC 3339 put together by hand."""
+    """RFC 3339 put together by hand, of the years that are kept."""
+    found = _moment(value)
+    return found if found is not None and found.year >= 1000 else None
+
+
+def _moment(value: Any) -> datetime | None:
     if isinstance(value, datetime):
         return value.astimezone(UTC) if value.tzinfo else None
     found = _ZONED.fullmatch(value) if isinstance(value, str) else None
