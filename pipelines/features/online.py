@@ -250,7 +250,7 @@ class BoundReader:
             for place, blob in enumerate(snapshot.blobs):
                 known[place] = blob is not None
                 state = plan.empty_state if blob is None else words(plan, blob)
-                read_into(plan, state, now_us, values[place], status[place], age[place])
+                read_into(plan, state, now_us, values, status, age, place)
         return Read(values, status, age, head.applied, head.generation, known)
 
 

@@ -80,9 +80,10 @@ class EntityState:
         """The stored features at ``now_us``; ``StateError`` when that is behind what the state can still
         tell.
         """
-        vector = empty_vector(self.plan)
-        read_into(self.plan, self._words, now_us, vector.values, vector.status, vector.age_s)
-        return vector
+        shape = (1, len(self.plan.features))
+        values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
+        read_into(self.plan, self._words, now_us, values, status, age, 0)
+        return Vector(values[0], status[0], age[0])
 
     @property
     def newest_us(self) -> int | None:
@@ -93,12 +94,6 @@ class EntityState:
     def unplaced(self) -> int:
         """How many events came too late to be placed; above zero only when a clock went backwards."""
         return int(self._words[layout.UNPLACED])
-
-
-def empty_vector(plan: Plan) -> Vector:
-    """Room for one vector of the plan's features."""
-    size = len(plan.features)
-    return Vector(np.empty(size), np.empty(size, np.uint8), np.empty(size))
 
 
 def words(plan: Plan, blob: Any) -> np.ndarray:
@@ -115,10 +110,10 @@ def words(plan: Plan, blob: Any) -> np.ndarray:
 
 
 def read_into(
-    plan: Plan, state: np.ndarray, now_us: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
+    plan: Plan, state: np.ndarray, now_us: int, values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int
 ) -> None:
-    """``EntityState.read`` into given float64, uint8 and float64 rows."""
-    if not reads.read(state, plan.program, plan.others, now_us, values, status, age):
+    """``EntityState.read`` into one row of float64, uint8 and float64[rows, features]."""
+    if not reads.read(state, plan.program, plan.others, now_us, values, status, age, row):
         raise StateError(
             f"features were asked for at {now_us} us, but the state has seen an event at "
             f"{state[layout.NEWEST]} us and "

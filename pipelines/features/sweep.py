@@ -13,7 +13,7 @@ import numpy as np
 from pipelines.contracts.events import from_microseconds
 from pipelines.features.kernels import rolling
 from pipelines.features.state import StateError
-from pipelines.features.windows import EventColumns, Plan, eligible
+from pipelines.features.windows import EventColumns, Plan, eligible, take
 from pipelines.spec.base import microseconds
 
 
@@ -52,27 +52,47 @@ def sweep(plan: Plan, columns: EventColumns, known: np.ndarray, reads: Reads) ->
     sequence. Raises ``StateError`` when an event lies further ahead of when it became known than the contract's
     ``future`` allows: state would have refused reads until then.
     """
-    kept = np.flatnonzero(eligible(plan, columns))
-    ahead = columns.times[kept] - columns.known_at[kept] > microseconds(plan.contract.future)
+    counts = eligible(plan, columns)
+    ahead = counts & (columns.times - columns.known_at > microseconds(plan.contract.future))
     if ahead.any():
-        first = kept[np.argmax(ahead)]
+        first = int(np.argmax(ahead))
         raise StateError(
             f"{int(ahead.sum())} events are further ahead of when they became known than contract.future "
             f"({plan.contract.future}) allows; the first is of {columns.names[columns.entities[first]]!r} at "
             f"{from_microseconds(int(columns.times[first]))}. The events table was not written through the contract: "
             "remove these rows"
         )
-    order = kept[np.lexsort((columns.orders[kept], columns.times[kept], columns.entities[kept]))]
+    if not counts.all():
+        columns, known = take(columns, np.flatnonzero(counts)), known[counts]
+    keys = (columns.entities, columns.times, columns.orders)
+    if not _ascending(*keys):
+        order = np.lexsort(keys[::-1])
+        columns, known = take(columns, order), known[order]
     asked = np.where(reads.entities < 0, len(columns.names), reads.entities)
-    rows = np.lexsort((reads.moments, asked))
+    rows = None if _ascending(asked, reads.moments) else np.lexsort((reads.moments, asked))
+    moments, bounds = reads.moments, reads.bounds
+    if rows is not None:
+        asked, moments, bounds = asked[rows], moments[rows], bounds[rows]
     numbers = np.arange(len(columns.names) + 2)
-    shape = (len(rows), len(plan.features))
+    shape = (len(asked), len(plan.features))
     values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
     rolling.roll(
-        plan.program, plan.others, columns.times[order], np.ascontiguousarray(columns.values[order].T), known[order],
-        np.searchsorted(columns.entities[order], numbers), reads.moments[rows], reads.bounds[rows],
-        np.searchsorted(asked[rows], numbers), values, status, age,
+        plan.program, plan.others, columns.times, np.ascontiguousarray(columns.values.T), known,
+        np.searchsorted(columns.entities, numbers), moments, bounds, np.searchsorted(asked, numbers),
+        values, status, age,
     )  # fmt: skip
+    if rows is None:
+        return Swept(values, status, age)
     back = np.empty(len(rows), np.int64)
     back[rows] = np.arange(len(rows))
     return Swept(values[back], status[back], age[back])
+
+
+def _ascending(*keys: np.ndarray) -> bool:
+    """Whether rows are in the order of their keys, the first one leading."""
+    decided = np.zeros(max(len(keys[0]) - 1, 0), np.bool_)
+    for key in keys:
+        if np.any(~decided & (key[1:] < key[:-1])):
+            return False
+        decided |= key[1:] > key[:-1]
+    return True

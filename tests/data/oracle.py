@@ -32,8 +32,9 @@ class Part:
     half_life: int | None
     n: float = 0.0
     total: float = 0.0
-    mean: float = 0.0
-    m2: float = 0.0
+    # Sums of differences from the first value, and of their squares.
+    sum1: float = 0.0
+    sum2: float = 0.0
     low: float = NAN
     high: float = NAN
     first: float = NAN
@@ -41,7 +42,8 @@ class Part:
     nulls: float = 0.0
     origin: int | None = None
     newest: int | None = None
-    # The line: mean seconds after the origin, squared and mixed deviations.
+    # The line: mean value and mean seconds after the origin, squared and mixed deviations.
+    mean: float = 0.0
     seconds: float = 0.0
     squares: float = 0.0
     mixed: float = 0.0
@@ -59,9 +61,9 @@ class Part:
             self.low = self.high = self.first = value
         self.n += 1
         self.total += value
-        delta = value - self.mean
-        self.mean += delta / self.n
-        self.m2 += delta * (value - self.mean)
+        self.sum1 += value - self.first
+        self.sum2 += (value - self.first) * (value - self.first)
+        self.mean += (value - self.mean) / self.n
         after = (time - self.origin) / 1e6 - self.seconds
         self.seconds += after / self.n
         self.squares += after * ((time - self.origin) / 1e6 - self.seconds)
@@ -106,8 +108,8 @@ def merge(a: Part, b: Part) -> Part:
         half_life=a.half_life,
         n=n,
         total=a.total + b.total,
-        mean=a.mean + delta * share,
-        m2=(a.m2 + b.m2) + delta * delta * (a.n * share),
+        sum1=a.sum1 + (b.sum1 + b.n * (b.first - a.first)),
+        sum2=a.sum2 + (b.sum2 + (b.first - a.first) * (2 * b.sum1 + b.n * (b.first - a.first))),
         low=b.low if b.low < a.low else a.low,
         high=b.high if b.high > a.high else a.high,
         first=a.first,
@@ -115,6 +117,7 @@ def merge(a: Part, b: Part) -> Part:
         nulls=a.nulls + b.nulls,
         origin=a.origin,
         newest=b.newest,
+        mean=a.mean + delta * share,
         seconds=a.seconds + after * share,
         squares=(a.squares + b.squares) + after * after * (a.n * share),
         mixed=(a.mixed + b.mixed) + after * delta * (a.n * share),
@@ -137,13 +140,14 @@ def finish(fold: Fold, part: Part, now: int) -> float:
     if part.n == 0 or part.newest is None:
         return NAN
     if fold is Fold.STD:
-        return math.sqrt(part.m2 / (part.n - 1)) if part.n >= 2 else NAN
+        squares = part.sum2 - part.sum1 * (part.sum1 / part.n)
+        return math.sqrt(max(squares, 0.0) / (part.n - 1)) if part.n >= 2 else NAN
     if fold is Fold.SLOPE:
         return part.mixed / part.squares if part.squares > 0 else NAN
     if fold is Fold.EWM:
         return part.weighted / part.weight
     return {
-        Fold.MEAN: part.mean,
+        Fold.MEAN: part.first + part.sum1 / part.n,
         Fold.MIN: part.low,
         Fold.MAX: part.high,
         Fold.FIRST: part.first,

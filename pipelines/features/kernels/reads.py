@@ -46,31 +46,42 @@ from pipelines.features.kernels.layout import (
 )
 from pipelines.features.kernels.tiles import from_raw, load_tile
 
+NEVER = 1 << 62  # a ttl for lags, which are as old as they are meant to be
+
 
 @inner
 def judge(
-    value: float, newest: int, now: int, ttl: int, i: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
-) -> None:
+    value: float, newest: int, now: int, ttl: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int, out: int,
+) -> None:  # fmt: skip
     """Writes one value with its age and status; nothing newer than ``ttl`` (us) contributed to a STALE one."""
-    values[i] = value
-    age[i] = (now - newest) / 1e6 if newest != EMPTY else np.nan
+    values[row, out] = value
+    age[row, out] = (now - newest) / 1e6 if newest != EMPTY else np.nan
     if np.isnan(value):
-        status[i] = MISSING
+        status[row, out] = MISSING
     elif newest == EMPTY or now - newest > ttl:
-        status[i] = STALE
+        status[row, out] = STALE
     else:
-        status[i] = FRESH
+        status[row, out] = FRESH
 
 
 @inner
 def finish_window(
-    whole: Any, program: np.ndarray, w: int, now: int, values: np.ndarray, status: np.ndarray, age: np.ndarray
-) -> None:
+    whole: Any, program: np.ndarray, w: int, now: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int,
+) -> None:  # fmt: skip
     """Writes the folds of the window at program word ``w``, whose accumulator at ``now`` is ``whole``."""
-    at = newest(whole)
+    last = newest(whole)
+    seconds, present = np.nan, STALE
+    if last != EMPTY:
+        seconds = (now - last) / 1e6
+        present = STALE if now - last > program[P_TTL] else FRESH
     for f in range(program[w + W_FOLDS]):
+        out = program[w + W_OUTS + f]
         value = finish(program[w + W_CODES + f], whole, now)
-        judge(value, at, now, program[P_TTL], program[w + W_OUTS + f], values, status, age)
+        values[row, out] = value
+        age[row, out] = seconds
+        status[row, out] = MISSING if np.isnan(value) else present
 
 
 @inner
@@ -84,6 +95,7 @@ def _window(
     values: np.ndarray,
     status: np.ndarray,
     age: np.ndarray,
+    row: int,
 ) -> None:
     series = P_HEADER + program[w + W_SERIES] * S_ROW
     ring, width, tiles = program[series + S_RING], program[series + S_WIDTH], program[series + S_TILES]
@@ -107,17 +119,17 @@ def _window(
         head = load_tile(like, state, floats, tiles + (k % ring) * width, k)
     else:
         head = from_raw(like, state, floats, program, series, k, now)
-    finish_window(merge(merge(suffix, prefix), head), program, w, now, values, status, age)
+    finish_window(merge(merge(suffix, prefix), head), program, w, now, values, status, age, row)
 
 
 @compiled
 def read(
     state: np.ndarray, program: np.ndarray, others: bool | None, now: int,
-    values: np.ndarray, status: np.ndarray, age: np.ndarray,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int,
 ) -> bool:  # fmt: skip
-    """Fills one vector of stored features as of ``now``; False when the state has moved on too far for that.
+    """Fills one row of stored features as of ``now``; False when the state has moved on too far for that.
 
-    values, age (seconds) float64[features], status uint8[features]; ``others`` as in ``tiles.apply``.
+    values, age (seconds) float64[rows, features], status uint8[rows, features]; ``others`` as in ``tiles.apply``.
     """
     if state[SEEN] > 0 and now < state[NEWEST] - program[P_REACH]:
         return False
@@ -128,22 +140,19 @@ def read(
         series = P_HEADER + program[w + W_SERIES] * S_ROW
         family = program[series + S_FAMILY]
         if family == families.MOMENTS:
-            _window(moments.NOTHING, state, floats, program, w, now, values, status, age)
+            _window(moments.NOTHING, state, floats, program, w, now, values, status, age, row)
         elif others is not None:
             if family == families.TREND:
-                _window(trend.NOTHING, state, floats, program, w, now, values, status, age)
+                _window(trend.NOTHING, state, floats, program, w, now, values, status, age, row)
             elif family == families.DECAY:
                 like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
-                _window(like, state, floats, program, w, now, values, status, age)
+                _window(like, state, floats, program, w, now, values, status, age, row)
             else:
-                _window(distinct.nothing(), state, floats, program, w, now, values, status, age)
+                _window(distinct.nothing(), state, floats, program, w, now, values, status, age, row)
     for at in range(lags, lags + program[P_LAGS] * L_ROW, L_ROW):
         series = P_HEADER + program[at + L_SERIES] * S_ROW
         tag = now // program[series + S_HOP] - program[at + L_TILES]
         tile = program[series + S_TILES] + (tag % program[series + S_RING]) * program[series + S_WIDTH]
         found = load_tile(latest.NOTHING, state, floats, tile, tag)
-        judge(found.last, found.newest, now, _NEVER, program[at + L_OUT], values, status, age)
+        judge(found.last, found.newest, now, NEVER, values, status, age, row, program[at + L_OUT])
     return True
-
-
-_NEVER = 1 << 62  # a lag is as old as it is meant to be

@@ -36,7 +36,7 @@ from pipelines.features.kernels.layout import (
     W_SERIES,
     W_TILES,
 )
-from pipelines.features.kernels.reads import finish_window, judge
+from pipelines.features.kernels.reads import NEVER, finish_window, judge
 
 # Columns of the list of a block's tiles that have events: tag, its events, the largest ``known`` up to its end.
 _TAG, _FIRST, _LAST, _KNOWN, _LISTED = 0, 1, 2, 3, 4
@@ -55,92 +55,82 @@ def _fold_known(
 
 
 @inner
-def _suffixes(like: Any, tiles: np.ndarray, suffixes: np.ndarray, count: int, width: int) -> None:
-    """suffix[j] = tile[j] and all later tiles of its block."""
-    tile_floats, suffix_floats = tiles.view(np.float64), suffixes.view(np.float64)
+def _suffixes(like: Any, tiles: np.ndarray, merged: np.ndarray, first: int, count: int, width: int) -> None:
+    """Makes merged[first + j] tile ``first + j`` and all later ones of its block."""
+    words, merged_words = tiles.view(np.int64), merged.view(np.int64)
     a = empty(like)
-    for j in range(count - 1, -1, -1):
-        a = merge(load(like, tiles, tile_floats, j * width), a)
-        store(a, suffixes, suffix_floats, j * width)
+    for j in range(first + count - 1, first - 1, -1):
+        a = merge(load(like, words, tiles, j * width), a)
+        store(a, merged_words, merged, j * width)
 
 
 @inner
-def _known_base(
-    like: Any,
-    times: np.ndarray,
-    column: np.ndarray,
-    known: np.ndarray,
-    bound: int,
-    width: int,
-    before: np.ndarray,
-    before_tiles: np.ndarray,
-    suffixes: np.ndarray,
-    low: int,
-    p: int,
-    block: np.ndarray,
-    prefixes: np.ndarray,
-    c: int,
-) -> Any:
-    """Suffix and prefix of the closed tiles, without the events that were not known."""
-    suffix, prefix = empty(like), empty(like)
-    if low < p:
-        if before[p - 1, _KNOWN] <= bound:
-            suffix = load(like, suffixes, suffixes.view(np.float64), low * width)
+def _known_suffix(
+    like: Any, times: np.ndarray, column: np.ndarray, known: np.ndarray, bound: int, width: int,
+    listed: np.ndarray, tiles: np.ndarray, first: int, last: int,
+) -> Any:  # fmt: skip
+    """The listed tiles [first, last) of the previous block, without the events that were not known."""
+    suffix = empty(like)
+    for j in range(last - 1, first - 1, -1):
+        if listed[j, _KNOWN] <= bound:
+            tile = load(like, tiles.view(np.int64), tiles, j * width)
         else:
-            for j in range(p - 1, low - 1, -1):
-                if before[j, _KNOWN] <= bound:
-                    tile = load(like, before_tiles, before_tiles.view(np.float64), j * width)
-                else:
-                    tile = _fold_known(like, times, column, known, bound, before[j, _FIRST], before[j, _LAST])
-                suffix = merge(tile, suffix)
-    whole = c
-    while whole > 0 and block[whole - 1, _KNOWN] > bound:
+            tile = _fold_known(like, times, column, known, bound, listed[j, _FIRST], listed[j, _LAST])
+        suffix = merge(tile, suffix)
+    return suffix
+
+
+@inner
+def _known_prefix(
+    like: Any, times: np.ndarray, column: np.ndarray, known: np.ndarray, bound: int, width: int,
+    listed: np.ndarray, merged: np.ndarray, first: int, last: int,
+) -> Any:  # fmt: skip
+    """The listed tiles [first, last) of this block, without the events that were not known."""
+    whole = last
+    while whole > first and listed[whole - 1, _KNOWN] > bound:
         whole -= 1
-    if whole > 0:
-        prefix = load(like, prefixes, prefixes.view(np.float64), (whole - 1) * width)
-    for j in range(whole, c):
-        tile = _fold_known(like, times, column, known, bound, block[j, _FIRST], block[j, _LAST])
+    prefix = empty(like)
+    if whole > first:
+        prefix = load(like, merged.view(np.int64), merged, (whole - 1) * width)
+    for j in range(whole, last):
+        tile = _fold_known(like, times, column, known, bound, listed[j, _FIRST], listed[j, _LAST])
         prefix = merge(prefix, tile)
-    return merge(suffix, prefix)
+    return prefix
 
 
 @inner
 def _window(
-    like: Any,
-    program: np.ndarray,
-    w: int,
-    times: np.ndarray,
-    column: np.ndarray,
-    known: np.ndarray,
-    moments: np.ndarray,
-    bounds: np.ndarray,
-    values: np.ndarray,
-    status: np.ndarray,
-    age: np.ndarray,
-) -> None:
+    like: Any, program: np.ndarray, w: int, times: np.ndarray, column: np.ndarray, known: np.ndarray,
+    moments: np.ndarray, bounds: np.ndarray, first_read: int, last_read: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray,
+) -> None:  # fmt: skip
+    """Fills the rows [first_read, last_read) of one window's features of one entity."""
+    if first_read == last_read:
+        return
     series = P_HEADER + program[w + W_SERIES] * S_ROW
     hop, n, width = program[series + S_HOP], program[w + W_TILES], program[series + S_WIDTH] - 1
-    m, reads = times.shape[0], moments.shape[0]
-    if reads == 0:
-        return
+    m = times.shape[0]
     rows = min(n, m)
-    block, before = np.empty((rows, _LISTED), np.int64), np.empty((rows, _LISTED), np.int64)
-    tiles, before_tiles = np.empty(rows * width, np.int64), np.empty(rows * width, np.int64)
-    prefixes, suffixes = np.empty(rows * width, np.int64), np.empty(rows * width, np.int64)
-    c = p = low = 0
+    # Two blocks of tiles that have events, in turn in the lower and in the upper half: this block's with their running
+    # merges from its begin, and those of the block before with theirs to its end. The arrays are never reassigned,
+    # nor viewed in the loop, because numba would count references for each event.
+    listed = np.empty((2 * rows, _LISTED), np.int64)
+    tiles, merged = np.empty(2 * rows * width), np.empty(2 * rows * width)
+    words, merged_words = tiles.view(np.int64), merged.view(np.int64)
+    here, before = 0, rows  # where the two begin
+    c = p = low = 0  # how many tiles each has, and the first of the previous block that is young enough
 
-    tag = moments[0] // hop  # of the open tile
-    here = tag // n  # its block
-    at = np.searchsorted(times, (here - 1) * n * hop)  # nothing earlier is in any window
+    tag = moments[first_read] // hop  # of the open tile
+    at = np.searchsorted(times, (tag // n - 1) * n * hop)  # nothing earlier is in any window
     if at < m and times[at] < tag * hop:
         tag = times[at] // hop
-        here = tag // n
     end = (tag + 1) * hop
+    block_end = (tag // n + 1) * n
     first, latest = at, EMPTY
     head, prefix, base = empty(like), empty(like), empty(like)
-    for q in range(reads):
+    for q in range(first_read, last_read):
         now, bound = moments[q], bounds[q]
-        moved = q == 0
+        moved = q == first_read
         while now >= end:  # close the open tile
             moved = True
             while at < m and times[at] < end:
@@ -149,31 +139,26 @@ def _window(
                 at += 1
             if at > first:
                 prefix = merge(prefix, head)
-                block[c, _TAG], block[c, _FIRST], block[c, _LAST], block[c, _KNOWN] = tag, first, at, latest
-                store(head, tiles, tiles.view(np.float64), c * width)
-                store(prefix, prefixes, prefixes.view(np.float64), c * width)
+                j = here + c
+                listed[j, _TAG], listed[j, _FIRST], listed[j, _LAST], listed[j, _KNOWN] = tag, first, at, latest
+                store(head, words, tiles, j * width)
+                store(prefix, merged_words, merged, j * width)
                 c += 1
             # The next tile is that of the read, or of the next event when that is earlier.
-            tag = now // hop
-            if at < m and times[at] < tag * hop:
-                tag = times[at] // hop
+            target = times[at] if at < m and times[at] < now else now
+            tag = tag + 1 if target < end + hop else target // hop
             end = (tag + 1) * hop
             first, head = at, empty(like)
-            if tag // n != here:
-                p = 0
-                if tag // n == here + 1:
-                    block, before = before, block
-                    tiles, before_tiles = before_tiles, tiles
-                    p = c
-                    _suffixes(like, before_tiles, suffixes, p, width)
-                here, c, low, prefix = tag // n, 0, 0, empty(like)
+            if tag >= block_end:  # should it be a later block than the next, none of these tiles is young enough
+                here, before = before, here
+                _suffixes(like, tiles, merged, before, c, width)
+                block_end, p, c, low, prefix = (tag // n + 1) * n, c, 0, 0, empty(like)
         if moved:
-            while low < p and before[low, _TAG] < tag - n:
+            while low < p and listed[before + low, _TAG] < tag - n:
                 low += 1
+            base = prefix
             if low < p:
-                base = merge(load(like, suffixes, suffixes.view(np.float64), low * width), prefix)
-            else:
-                base = merge(empty(like), prefix)
+                base = merge(load(like, merged_words, merged, (before + low) * width), prefix)
         while at < m and times[at] <= now:
             head = update(head, column[at], times[at])
             latest = max(latest, known[at])
@@ -181,11 +166,17 @@ def _window(
         if latest <= bound:
             whole = merge(base, head)
         else:
-            closed = _known_base(
-                like, times, column, known, bound, width, before, before_tiles, suffixes, low, p, block, prefixes, c
-            )
-            whole = merge(closed, _fold_known(like, times, column, known, bound, first, at))
-        finish_window(whole, program, w, now, values[q], status[q], age[q])
+            suffix = empty(like)
+            if low < p:
+                if listed[before + p - 1, _KNOWN] <= bound:
+                    suffix = load(like, merged_words, merged, (before + low) * width)
+                else:
+                    suffix = _known_suffix(
+                        like, times, column, known, bound, width, listed, tiles, before + low, before + p
+                    )
+            closed = _known_prefix(like, times, column, known, bound, width, listed, merged, here, here + c)
+            whole = merge(merge(suffix, closed), _fold_known(like, times, column, known, bound, first, at))
+        finish_window(whole, program, w, now, values, status, age, q)
 
 
 @inner
@@ -197,15 +188,17 @@ def _lag(
     known: np.ndarray,
     moments: np.ndarray,
     bounds: np.ndarray,
+    first_read: int,
+    last_read: int,
     values: np.ndarray,
     status: np.ndarray,
     age: np.ndarray,
 ) -> None:
+    """Fills the rows [first_read, last_read) of one lag of one entity."""
     hop, m, at = program[P_HEADER + program[lag + L_SERIES] * S_ROW + S_HOP], times.shape[0], 0
-    for q in range(moments.shape[0]):
-        tag = moments[q] // hop - program[lag + L_TILES]
-        begin = tag * hop
-        if q == 0:
+    for q in range(first_read, last_read):
+        begin = (moments[q] // hop - program[lag + L_TILES]) * hop
+        if q == first_read:
             at = np.searchsorted(times, begin + hop)
         while at < m and times[at] < begin + hop:
             at += 1
@@ -216,7 +209,7 @@ def _lag(
                 value, newest = column[i], times[i]
                 break
             i -= 1
-        judge(value, newest, moments[q], 1 << 62, program[lag + L_OUT], values[q], status[q], age[q])
+        judge(value, newest, moments[q], NEVER, values, status, age, q, program[lag + L_OUT])
 
 
 @compiled
@@ -245,24 +238,25 @@ def roll(
     lags = windows + program[P_WINDOWS] * W_ROW
     for e in range(event_edges.shape[0] - 1):
         i, j, q, r = event_edges[e], event_edges[e + 1], read_edges[e], read_edges[e + 1]
-        t, k, at, b = times[i:j], known[i:j], moments[q:r], bounds[q:r]
-        v, s, a = values[q:r], status[q:r], age[q:r]
+        t, k = times[i:j], known[i:j]
         for w in range(windows, lags, W_ROW):
             series = P_HEADER + program[w + W_SERIES] * S_ROW
             x, family = columns[program[series + S_FIELD], i:j], program[series + S_FAMILY]
             if family == families.MOMENTS:
-                _window(_MOMENTS, program, w, t, x, k, at, b, v, s, a)
+                _window(_MOMENTS, program, w, t, x, k, moments, bounds, q, r, values, status, age)
             elif others is not None:
                 if family == families.TREND:
-                    _window(trend.NOTHING, program, w, t, x, k, at, b, v, s, a)
+                    _window(trend.NOTHING, program, w, t, x, k, moments, bounds, q, r, values, status, age)
                 elif family == families.DECAY:
                     like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
-                    _window(like, program, w, t, x, k, at, b, v, s, a)
+                    _window(like, program, w, t, x, k, moments, bounds, q, r, values, status, age)
                 else:
-                    _window(distinct.nothing(), program, w, t, x, k, at, b, v, s, a)
+                    _window(distinct.nothing(), program, w, t, x, k, moments, bounds, q, r, values, status, age)
         for lag in range(lags, lags + program[P_LAGS] * L_ROW, L_ROW):
             series = P_HEADER + program[lag + L_SERIES] * S_ROW
-            _lag(program, lag, t, columns[program[series + S_FIELD], i:j], k, at, b, v, s, a)
+            _lag(
+                program, lag, t, columns[program[series + S_FIELD], i:j], k, moments, bounds, q, r, values, status, age
+            )
 
 
 _MOMENTS = moments.NOTHING  # the argument of ``roll`` hides the module
