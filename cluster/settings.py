@@ -43,7 +43,8 @@ class Settings(BaseModel):
     """Where Tidegate keeps things and how it runs. Fields not given follow from ``home``.
 
     ``buckets`` is the number of partitions an events table is made with. Above ``ray_rows`` rows Ray
-    Data carries a job, below it plain Arrow does. Event ids are remembered for ``remember_seconds``.
+    Data carries a job, below it plain Arrow does; one task of a backfill takes about ``task_rows``.
+    Event ids are remembered for ``remember_seconds``.
     The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once.
     ``body_limit`` is the largest request body in bytes. ``num_cpus`` None lets Ray count.
     ``drills`` is a file of faults for challengers (``serving.drills``). Fields that may hold secrets are left
@@ -71,6 +72,7 @@ class Settings(BaseModel):
     gateway_replicas: int = Field(default=1, ge=1)
     buckets: int = Field(default=8, ge=1)
     ray_rows: int = Field(default=100_000, ge=0)
+    task_rows: int = Field(default=2_000_000, ge=1)
     remember_seconds: int = Field(default=7 * 86_400, gt=0)
     drain_seconds: float = Field(default=2.0, gt=0)
     drain_rows: int = Field(default=50_000, ge=1)

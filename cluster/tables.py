@@ -49,6 +49,15 @@ class DataFile:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A data file of a version: its path relative to the table, its partition values, its rows."""
+
+    path: str
+    partition: dict[str, str]
+    rows: int
+
+
+@dataclass(frozen=True)
 class Commit:
     """A version that holds what was asked for, and whether this call (not an earlier one) put it there."""
 
@@ -196,7 +205,11 @@ class Tables:
         columns are not in the files: their values are in the paths, as ``column=value``.
         """
         handle = self._open(name, version)
-        return [f"{self.uri(name)}/{path}" for path, _ in _data_files(name, handle, partition)]
+        return [f"{self.uri(name)}/{entry.path}" for entry in _data_files(name, handle, partition)]
+
+    def entries(self, name: str, version: int | None = None) -> list[Entry]:
+        """The data files of one version, in the order of their paths; no file is opened for it."""
+        return _data_files(name, self._open(name, version), None)
 
     def read(
         self,
@@ -216,8 +229,8 @@ class Tables:
         filesystem, root = self._filesystem(name)
         parquet = ds.ParquetFileFormat()
         fragments = [
-            parquet.make_fragment(f"{root}/{path}", filesystem, _partition_expression(values, stored))
-            for path, values in _data_files(name, handle, partition)
+            parquet.make_fragment(f"{root}/{entry.path}", filesystem, _partition_expression(entry.partition, stored))
+            for entry in _data_files(name, handle, partition)
         ]
         dataset = ds.FileSystemDataset(fragments, stored, parquet, filesystem)
         names = list(columns) if columns is not None else schema.names
@@ -290,22 +303,21 @@ def _split(table: pa.Table, columns: Sequence[str]) -> list[tuple[dict[str, int 
     return parts
 
 
-def _data_files(
-    name: str, handle: DeltaTable, partition: Mapping[str, Sequence[int | str]] | None
-) -> list[tuple[str, dict[str, str]]]:
-    """Relative path and partition values of every live file, sorted by path."""
+def _data_files(name: str, handle: DeltaTable, partition: Mapping[str, Sequence[int | str]] | None) -> list[Entry]:
+    """Every live file, sorted by path."""
     columns = list(handle.metadata().partition_columns)
     if unknown := sorted(set(partition or {}) - set(columns)):
         raise ValueError(f"table {name!r} is partitioned by {columns}, so it cannot be pruned by {unknown}")
     wanted = {key: {str(value) for value in values} for key, values in (partition or {}).items()}
     actions = pa.table(handle.get_add_actions(flatten=True))
     found = []
+    rows = actions.column("num_records").to_pylist()
     values = [actions.column(f"partition.{column}").to_pylist() for column in columns]
     for place, path in enumerate(actions.column("path").to_pylist()):
         mine = {column: str(values[i][place]) for i, column in enumerate(columns)}
         if all(mine[key] in allowed for key, allowed in wanted.items()):
-            found.append((path, mine))
-    return sorted(found, key=lambda item: item[0])
+            found.append(Entry(path, mine, rows[place]))
+    return sorted(found, key=lambda entry: entry.path)
 
 
 def _partition_expression(values: Mapping[str, str], schema: pa.Schema) -> pc.Expression:

@@ -26,8 +26,8 @@ from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT
 from pipelines.contracts.leases import events_lease
 from pipelines.drain import EVENTS
-from pipelines.features.offline import backfill
 from pipelines.features.online import open_log, open_state
+from pipelines.features.training_table import backfill
 from pipelines.spec import UseCase
 
 _REMEMBERED_AT_ONCE = 10_000  # others cannot append during a transaction: keep it short

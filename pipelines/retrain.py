@@ -25,8 +25,9 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.events import INSTANT
-from pipelines.features.offline import TIME, training_rows
+from pipelines.features.offline import TIME
 from pipelines.features.served import OUTCOME_SCHEMA, SERVED_SCHEMA, outcomes_table, predictions_table
+from pipelines.features.training_table import training_rows
 from pipelines.features.windows import view_fingerprint
 from pipelines.monitoring.drift import Drift, Rows, judge_drift
 from pipelines.monitoring.performance import Decay, Reference, champion_answers, judge_decay

@@ -31,7 +31,8 @@ from cluster.triggers import Triggers
 from pipelines import usecases
 from pipelines.contracts.enforce import events_table
 from pipelines.features import derived
-from pipelines.features.offline import backfill, silenced
+from pipelines.features.offline import silenced
+from pipelines.features.training_table import backfill
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 from pipelines.statistics.conformal import conformal_half_width

@@ -75,6 +75,12 @@ class Plan:
         return int(self.program[layout.P_FIXED])
 
     @property
+    def behind_us(self) -> int:
+        """How long before a read an event may lie and still be seen by it."""
+        spans = [*(w.length + w.hop for w in self.view.windows), *(lag.offset + lag.hop for lag in self.view.lags)]
+        return microseconds(max(spans, default=timedelta(0)))
+
+    @property
     def raw_words(self) -> int:
         """Words of one raw event."""
         return 2 + len(self.fields)

@@ -22,7 +22,7 @@ from cluster.tables import Tables
 from cluster.triggers import Trigger, Triggers, lease
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.leases import kept_lease
-from pipelines.features.offline import backfill
+from pipelines.features.training_table import backfill
 from pipelines.retraining import triggers
 from pipelines.spec import RetrainPolicy, UseCase
 from pipelines.train import train

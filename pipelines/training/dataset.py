@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from cluster.tables import Tables
 from pipelines.contracts.events import EVENT_ID
 from pipelines.features.derived import columns
-from pipelines.features.offline import LABEL, TIME, training_rows
+from pipelines.features.offline import LABEL, TIME
+from pipelines.features.training_table import training_rows
 from pipelines.features.windows import view_fingerprint
 from pipelines.spec import FieldType, ModelSpec, UseCase
 from pipelines.spec.base import microseconds

@@ -24,10 +24,10 @@ from pipelines.backfill import materialize
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import EVENT_ID, SEQUENCE
 from pipelines.features import derived
-from pipelines.features.offline import backfill
 from pipelines.features.online import open_state
 from pipelines.features.served import inputs_of, outcomes_table, predictions_table
 from pipelines.features.skew import SkewReport, audit
+from pipelines.features.training_table import backfill
 from pipelines.ingest import LoadReport, ingest
 from pipelines.retrain import RetrainReport, retrain
 from pipelines.samples.faults import FaultyFile, event_time, write_faulty_files

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.clock import ReplayClock, SystemClock
 from cluster.database import Database
@@ -18,14 +22,9 @@ from pipelines import backfill as job
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, encode_event, events_schema
 from pipelines.drain import drain
-from pipelines.features.offline import (
-    backfill,
-    build_examples,
-    examples_schema,
-    training_rows,
-    training_table,
-)
+from pipelines.features.offline import build_examples, examples_schema
 from pipelines.features.online import OnlineState, open_log, open_state
+from pipelines.features.training_table import NoTrainingRows, backfill, training_rows, training_table
 from pipelines.spec import Calendar
 from tests.backends import on_redis
 from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, same_bits
@@ -109,6 +108,59 @@ def test_each_events_version_has_its_own_rows(tables: Tables, home: Path) -> Non
     assert old.rows == first.rows
 
 
+def test_only_buckets_that_a_new_version_touched_are_made_again(tables: Tables, home: Path) -> None:
+    first = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    assert first.buckets == len(set(history().column(BUCKET).to_pylist())) > 1
+    tables.append(events_table(CASE), bulk([record("m0", BASE + 50 * MINUTE, 1.0)]), "load/2")
+    second = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    assert (second.buckets, second.rows) == (1, first.rows + 1)
+    expected = build_examples(CASE, tables.read(events_table(CASE)))
+    names = [("_time", "ascending"), (EVENT_ID, "ascending")]
+    assert same_tables(rows_of(tables, second.events_version), expected.sort_by(names))
+
+
+def test_rows_that_were_never_made_are_asked_for_by_name(tables: Tables, home: Path) -> None:
+    with pytest.raises(NoTrainingRows, match=r"pipelines\.backfill meter --events-version 1"):
+        training_rows(CASE, tables, 1)
+    done = backfill(CASE, tables=tables, settings=Settings(home=home), engine="arrow")
+    tables.append(events_table(CASE), bulk([record("m0", BASE + 50 * MINUTE, 1.0)]), "load/2")
+    with pytest.raises(NoTrainingRows, match=r"1 of [0-9]+ buckets of events version 2"):
+        training_rows(CASE, tables, 2)
+    assert training_rows(CASE, tables, 1).num_rows == done.rows
+
+
+def test_backfills_that_race_make_each_bucket_once(tables: Tables, home: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        made = [
+            pool.submit(backfill, CASE, tables=tables, settings=Settings(home=home), engine="arrow") for _ in range(4)
+        ]
+        rows = {done.result().rows for done in made}
+        buckets = sorted(done.result().buckets for done in made)
+    assert rows == {training_rows(CASE, tables, 1).num_rows} == {build_examples(CASE, history()).num_rows}
+    assert buckets[:-1] == [0, 0, 0]
+
+
+@given(st.integers(1, 90), st.integers(0, 3))
+@hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_slices_of_a_bucket_make_the_rows_of_the_whole_bit_for_bit(
+    tables: Tables, home: Path, task_rows: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    silent = [record("m8", BASE + int(at) * 3 * MINUTE, float(rng.normal()), 1.0) for at in (0, 1, 40, 41, 300)]
+    held = pa.concat_tables([history(3, 60), bulk(silent)])
+    case = CASE.model_copy(update={"name": f"meter{seed}x{task_rows}"})
+    tables.ensure(events_table(case), events_schema(CONTRACT), partition_by=[BUCKET])
+    tables.append(events_table(case), held, "load/1")
+    settings = Settings(home=home, task_rows=task_rows)
+    done = backfill(case, tables=tables, settings=settings, engine="arrow")
+    names = [("_time", "ascending"), (EVENT_ID, "ascending")]
+    expected = build_examples(case, held).sort_by(names)
+    assert done.rows == expected.num_rows
+    assert same_tables(training_rows(case, tables, done.events_version).sort_by(names), expected)
+
+
 def test_a_backfill_of_an_older_version_does_not_see_later_events(tables: Tables, home: Path) -> None:
     pinned = tables.version(events_table(CASE))
     more = bulk([record("m0", BASE + 50 * MINUTE + i, 1.0) for i in range(3)])
@@ -131,7 +183,8 @@ def test_ray_data_and_plain_arrow_make_the_same_rows(tables: Tables, home: Path,
     other = Tables((tmp_path / "other").as_uri())
     other.ensure(events_table(CASE), events_schema(CONTRACT), partition_by=[BUCKET])
     other.append(events_table(CASE), history(), "load/1")
-    carried = backfill(CASE, tables=other, settings=Settings(home=home), engine="ray")
+    # A bucket of this many rows is made by several tasks, so one busy key does not keep the others waiting.
+    carried = backfill(CASE, tables=other, settings=Settings(home=home, task_rows=25), engine="ray")
     assert carried.rows == plain.rows
     assert same_tables(rows_of(other, carried.events_version), expected)
 

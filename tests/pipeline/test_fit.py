@@ -17,8 +17,10 @@ import torch
 
 from cluster.settings import Settings
 from cluster.tables import Tables
+from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, events_schema
-from pipelines.features.offline import backfill, build_examples, events_table
+from pipelines.features.offline import build_examples
+from pipelines.features.training_table import backfill
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 from pipelines.training.dataset import Parts, frame_of, load_examples, split

@@ -15,8 +15,8 @@ from cluster.clock import SystemClock
 from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
+from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, events_schema
-from pipelines.features.offline import events_table
 from pipelines.spec import UseCase
 from pipelines.train import TrainReport, train
 from pipelines.train import register as register_model

@@ -23,14 +23,15 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from cluster.triggers import Triggers
 from pipelines import retrain as job
+from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, INSTANT, events_schema
-from pipelines.features.offline import backfill, events_table
 from pipelines.features.served import (
     OUTCOME_SCHEMA,
     SERVED_SCHEMA,
     outcomes_table,
     predictions_table,
 )
+from pipelines.features.training_table import backfill
 from pipelines.retrain import RetrainReport, exit_code, retrain
 from pipelines.retraining import cycle, triggers
 from pipelines.retraining.cycle import ATTEMPTS, CycleReport

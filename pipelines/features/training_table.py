@@ -1,0 +1,236 @@
+"""The training table: the examples of a view, made once for every content of a bucket of events.
+
+A bucket holds whole entities, so its examples depend on its own events alone. They are kept under the fingerprint of
+the bucket's data files, and a new version of the events table costs only the buckets that it touched. A bucket of
+many rows is made in slices of request time: a window reaches back a known span, and tiles are aligned to absolute
+time, so slices give the same bits as the whole, side by side and in bounded memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.settings import Settings
+from cluster.tables import DataFile, Tables
+from pipelines.contracts.enforce import events_table
+from pipelines.contracts.events import BUCKET, INSTANT
+from pipelines.features.offline import build_examples, examples_schema
+from pipelines.features.windows import compile_plan, instants, view_fingerprint
+from pipelines.spec import UseCase
+from pipelines.spec.base import fingerprint, microseconds
+
+SOURCE = "_source"  # which data files of a bucket the rows were made from
+_FORMAT = 2  # of the training table: raise it when the same events give other rows
+
+
+class NoTrainingRows(ValueError):
+    """The training table lacks what was asked for; the message says which job makes it."""
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """Version ``table_version`` of the training table has ``rows`` examples of ``events_version``.
+
+    ``buckets`` of them had to be made, the others were there; ``seconds`` is how long that took.
+    """
+
+    table_version: int
+    events_version: int
+    rows: int
+    view_fingerprint: str
+    buckets: int
+    seconds: float
+
+
+def training_table(use_case: UseCase) -> str:
+    """The name of the Delta table of examples of the present view and target.
+
+    Another view has other columns, and another target other rows, so each pair has a table of its own.
+    """
+    target = use_case.model.target
+    parts = (_FORMAT, view_fingerprint(use_case.view, use_case.contract), target.field, microseconds(target.horizon))
+    return f"{use_case.name}/training-{fingerprint(*parts)}"
+
+
+def backfill(
+    use_case: UseCase,
+    *,
+    tables: Tables,
+    settings: Settings,
+    events_version: int | None = None,
+    engine: Literal["auto", "arrow", "ray"] = "auto",
+) -> Backfill:
+    """Makes the training table's rows of one version of the events table, as far as they are not there yet.
+
+    With ``auto`` Ray Data carries the work when more than ``settings.ray_rows`` events are in buckets to be made and a
+    Ray cluster is connected, and a plain loop otherwise. Any number of backfills may run at once.
+    """
+    begun = time.monotonic()
+    source, name = events_table(use_case), training_table(use_case)
+    version = tables.version(source) if events_version is None else events_version
+    tables.ensure(name, _schema(use_case), partition_by=[BUCKET, SOURCE])
+    events = _buckets(tables, source, version)
+    wanted, buckets = {bucket.source: bucket for bucket in events}, 0
+    while True:
+        # Whoever commits first is right; the loser looks again at what is missing.
+        turn = (tables.marker(name, "backfill") or 0) + 1
+        missing = [wanted[key] for key in sorted(wanted.keys() - _present(tables, name))]
+        if not missing:
+            break
+        job = _Job(use_case, tables, version)
+        tasks = [task for bucket in missing for task in _slices(use_case, tables, version, bucket, settings.task_rows)]
+        if _ray_carries(engine, sum(bucket.rows for bucket in missing), settings):
+            files = _with_ray(job, tasks)
+        else:
+            files = [job(task) for task in tasks]
+        if tables.commit(name, files, "backfill", turn).applied:
+            buckets = len(missing)
+            break
+    table_version = tables.version(name)
+    rows = sum(entry.rows for entry in tables.entries(name, table_version) if entry.partition[SOURCE] in wanted)
+    view = view_fingerprint(use_case.view, use_case.contract)
+    return Backfill(table_version, version, rows, view, buckets, time.monotonic() - begun)
+
+
+def training_rows(
+    use_case: UseCase,
+    tables: Tables,
+    events_version: int,
+    *,
+    table_version: int | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """The examples of the use case's present view that were made from one version of the events table.
+
+    Raises ``NoTrainingRows`` when any of them have not been made in ``table_version`` (None: the newest).
+    """
+    name = training_table(use_case)
+    sources = {bucket.source for bucket in _buckets(tables, events_table(use_case), events_version)}
+    lacking = sources - _present(tables, name, table_version) if tables.exists(name) else sources
+    if lacking:
+        raise NoTrainingRows(
+            f"use case {use_case.name!r}: {len(lacking)} of {len(sources)} buckets of events version {events_version} "
+            f"have no examples in table {name!r}{'' if table_version is None else f', version {table_version}'}: run "
+            f"`python -m pipelines.backfill {use_case.name} --events-version {events_version}`"
+        )
+    wanted = list(columns) if columns is not None else examples_schema(use_case).names
+    return tables.read(name, version=table_version, columns=wanted, partition={SOURCE: sorted(sources)})
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    number: int
+    source: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A bucket's examples with request times from ``since`` on and before ``until`` (us); None has no bound."""
+
+    bucket: int
+    source: str
+    since: int | None = None
+    until: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Makes and writes the examples of a task; picklable, so that any worker can do it."""
+
+    use_case: UseCase
+    tables: Tables
+    events_version: int
+
+    def __call__(self, task: _Task) -> DataFile:
+        use_case, time_field = self.use_case, self.use_case.contract.time
+        first, needed = None, None
+        if task.since is not None and task.until is not None:
+            reach = compile_plan(use_case.view, use_case.contract).behind_us
+            horizon = microseconds(use_case.model.target.horizon)
+            since, until = (
+                pa.scalar(at, pa.int64()).cast(INSTANT) for at in (task.since - reach, task.until + horizon)
+            )
+            needed = (pc.field(time_field) >= since) & (pc.field(time_field) < until)
+            first = self._first_events(task.bucket)
+        events = self.tables.read(
+            events_table(use_case), version=self.events_version, partition={BUCKET: [task.bucket]}, filter=needed
+        )
+        rows = build_examples(use_case, events, since=task.since, until=task.until, first=first)
+        rows = rows.append_column(BUCKET, pa.repeat(pa.scalar(task.bucket, pa.int32()), rows.num_rows))
+        rows = rows.append_column(SOURCE, pa.repeat(pa.scalar(task.source), rows.num_rows))
+        name = training_table(use_case)
+        return self.tables.write_file(name, rows, partition={BUCKET: task.bucket, SOURCE: task.source})
+
+    def _first_events(self, bucket: int) -> Mapping[str, int]:
+        entity, at = self.use_case.contract.entity, self.use_case.contract.time
+        rows = self.tables.read(
+            events_table(self.use_case), version=self.events_version, columns=[entity, at], partition={BUCKET: [bucket]}
+        )
+        found = rows.group_by(entity).aggregate([(at, "min")])
+        return dict(zip(found.column(entity).to_pylist(), instants(found, f"{at}_min").tolist(), strict=True))
+
+
+def _buckets(tables: Tables, source: str, version: int) -> list[_Bucket]:
+    """The buckets of one version of an events table, by number."""
+    held: dict[int, list[tuple[str, int]]] = {}
+    for entry in tables.entries(source, version):
+        held.setdefault(int(entry.partition[BUCKET]), []).append((entry.path, entry.rows))
+    buckets = []
+    for number, files in sorted(held.items()):
+        digest = blake2b("\n".join(path for path, _ in sorted(files)).encode(), digest_size=8)
+        buckets.append(_Bucket(number, digest.hexdigest(), sum(rows for _, rows in files)))
+    return buckets
+
+
+def _present(tables: Tables, name: str, version: int | None = None) -> set[str]:
+    return {entry.partition[SOURCE] for entry in tables.entries(name, version)}
+
+
+def _slices(use_case: UseCase, tables: Tables, version: int, bucket: _Bucket, most: int) -> list[_Task]:
+    """Tasks of about ``most`` events each, which together make the bucket's examples."""
+    whole = _Task(bucket.number, bucket.source)
+    if bucket.rows <= most:
+        return [whole]
+    at = use_case.contract.time
+    rows = tables.read(events_table(use_case), version=version, columns=[at], partition={BUCKET: [bucket.number]})
+    requests = np.sort(instants(rows, at)) - microseconds(use_case.model.target.horizon)
+    edges = [*dict.fromkeys(requests[::most].tolist()), int(requests[-1]) + 1]
+    return [_Task(bucket.number, bucket.source, *edge) for edge in pairwise(edges)]
+
+
+def _schema(use_case: UseCase) -> pa.Schema:
+    return pa.schema([*examples_schema(use_case), pa.field(BUCKET, pa.int32()), pa.field(SOURCE, pa.string())])
+
+
+def _ray_carries(engine: str, rows: int, settings: Settings) -> bool:
+    if engine == "arrow" or (engine == "auto" and rows <= settings.ray_rows):
+        return False
+    import ray
+
+    connected = bool(ray.is_initialized())
+    if engine == "ray" and not connected:
+        raise RuntimeError("the backfill's Ray engine needs a Ray cluster: connect first, or use engine='arrow'")
+    return connected
+
+
+def _with_ray(job: _Job, tasks: list[_Task]) -> list[DataFile]:
+    import ray.data
+
+    def make(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        # Only what a successful attempt returns is committed; files of a killed one are orphans for vacuum.
+        return {"files": [json.dumps(asdict(job(tasks[int(place)]))) for place in batch["task"]]}
+
+    items = ray.data.from_items([{"task": place} for place in range(len(tasks))], override_num_blocks=len(tasks))
+    made = items.map_batches(make, batch_size=1, num_cpus=1).take_all()
+    return sorted((DataFile(**json.loads(row["files"])) for row in made), key=lambda file: file.path)
