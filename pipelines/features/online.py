@@ -20,7 +20,7 @@ from cluster.log import DurableLog, Log
 from cluster.settings import Settings
 from pipelines.contracts.events import SEQUENCE, decode_events
 from pipelines.features.served import Status
-from pipelines.features.state import EntityState, StateError, read_into, words
+from pipelines.features.state import EntityState, StateError, read_into, vectors, words
 from pipelines.features.stores import Rebuild, Transaction, open_store
 from pipelines.features.windows import by_entity, compile_plan, eligible, event_columns, take
 from pipelines.spec import UseCase
@@ -242,8 +242,8 @@ class BoundReader:
 
     def read(self, entities: Sequence[str], now_us: int) -> Read:
         """The stored features of ``entities`` at ``now_us``, all from one snapshot."""
-        plan, shape = self._plan, (len(entities), len(self._plan.features))
-        values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
+        plan = self._plan
+        values, status, age = vectors(plan, len(entities))
         known = np.zeros(len(entities), np.bool_)
         with self._store.reading(entities) as snapshot:
             head = _head(snapshot.head)
@@ -251,7 +251,7 @@ class BoundReader:
                 known[place] = blob is not None
                 state = plan.empty_state if blob is None else words(plan, blob)
                 read_into(plan, state, now_us, values, status, age, place)
-        return Read(values, status, age, head.applied, head.generation, known)
+        return Read(values.T, status, age.T, head.applied, head.generation, known)
 
 
 def _head(found: bytes | None) -> _Head:

@@ -80,10 +80,9 @@ class EntityState:
         """The stored features at ``now_us``; ``StateError`` when that is behind what the state can still
         tell.
         """
-        shape = (1, len(self.plan.features))
-        values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
+        values, status, age = vectors(self.plan, 1)
         read_into(self.plan, self._words, now_us, values, status, age, 0)
-        return Vector(values[0], status[0], age[0])
+        return Vector(values[:, 0], status[0], age[:, 0])
 
     @property
     def newest_us(self) -> int | None:
@@ -109,10 +108,16 @@ def words(plan: Plan, blob: Any) -> np.ndarray:
     return found
 
 
+def vectors(plan: Plan, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Room for values float64[features, rows], status uint8[rows, features] and ages float64[features, rows]."""
+    width = len(plan.features)
+    return np.empty((width, rows)), np.empty((rows, width), np.uint8), np.empty((width, rows))
+
+
 def read_into(
     plan: Plan, state: np.ndarray, now_us: int, values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int
 ) -> None:
-    """``EntityState.read`` into one row of float64, uint8 and float64[rows, features]."""
+    """``EntityState.read`` into one row of what ``vectors`` gave."""
     if not reads.read(state, plan.program, plan.others, now_us, values, status, age, row):
         raise StateError(
             f"features were asked for at {now_us} us, but the state has seen an event at "

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.contracts.events import from_microseconds
-from pipelines.features.kernels import rolling
+from pipelines.features.kernels import checks, rolling
 from pipelines.features.state import StateError
 from pipelines.features.windows import EventColumns, Plan, eligible, take
 from pipelines.spec.base import microseconds
@@ -32,11 +33,11 @@ class Reads:
 
 @dataclass(frozen=True)
 class Swept:
-    """Stored features of reads, in their order: values, age_s float64[q, s], status uint8[q, s]."""
+    """Stored features of reads, in their order: values float64[q, s], status uint8[q, s], ages (s) if asked for."""
 
     values: np.ndarray
     status: np.ndarray
-    age_s: np.ndarray
+    age_s: np.ndarray | None
 
 
 def places(columns: EventColumns, entities: np.ndarray) -> np.ndarray:
@@ -45,54 +46,50 @@ def places(columns: EventColumns, entities: np.ndarray) -> np.ndarray:
     return np.fromiter((index.get(name, -1) for name in entities.tolist()), np.int64, len(entities))
 
 
-def sweep(plan: Plan, columns: EventColumns, known: np.ndarray, reads: Reads) -> Swept:
+def sweep(plan: Plan, columns: EventColumns, known: np.ndarray, reads: Reads, *, ages: bool = False) -> Swept:
     """The stored features of ``reads``, from those of the events ``columns`` that count for features.
 
     ``known`` int64[n] is an event's number in the order in which events became known: its ``known_at``, or a log
     sequence. Raises ``StateError`` when an event lies further ahead of when it became known than the contract's
     ``future`` allows: state would have refused reads until then.
     """
-    counts = eligible(plan, columns)
-    ahead = counts & (columns.times - columns.known_at > microseconds(plan.contract.future))
-    if ahead.any():
-        first = int(np.argmax(ahead))
+    future_us = microseconds(plan.contract.future)
+    in_order, late, ahead, first = checks.survey(
+        columns.entities, columns.times, columns.orders, columns.known_at, plan.lateness_us, future_us
+    )
+    if ahead:
         raise StateError(
-            f"{int(ahead.sum())} events are further ahead of when they became known than contract.future "
+            f"{ahead} events are further ahead of when they became known than contract.future "
             f"({plan.contract.future}) allows; the first is of {columns.names[columns.entities[first]]!r} at "
             f"{from_microseconds(int(columns.times[first]))}. The events table was not written through the contract: "
             "remove these rows"
         )
-    if not counts.all():
+    if late:
+        counts = eligible(plan, columns)
         columns, known = take(columns, np.flatnonzero(counts)), known[counts]
-    keys = (columns.entities, columns.times, columns.orders)
-    if not _ascending(*keys):
-        order = np.lexsort(keys[::-1])
+    if not in_order:
+        order = np.lexsort((columns.orders, columns.times, columns.entities))
         columns, known = take(columns, order), known[order]
-    asked = np.where(reads.entities < 0, len(columns.names), reads.entities)
-    rows = None if _ascending(asked, reads.moments) else np.lexsort((reads.moments, asked))
+    asked = reads.entities
+    if np.any(asked < 0):
+        asked = np.where(asked < 0, len(columns.names), asked)
+    rows = None if checks.ascending(asked, reads.moments) else np.lexsort((reads.moments, asked))
     moments, bounds = reads.moments, reads.bounds
     if rows is not None:
         asked, moments, bounds = asked[rows], moments[rows], bounds[rows]
     numbers = np.arange(len(columns.names) + 2)
-    shape = (len(asked), len(plan.features))
-    values, status, age = np.empty(shape), np.empty(shape, np.uint8), np.empty(shape)
+    shape = (len(plan.features), len(asked))
+    # From Arrow's pool, which keeps freed pages: to get them anew from the system costs more than to fill them.
+    values = np.frombuffer(pa.allocate_buffer(8 * shape[0] * shape[1]), np.float64).reshape(shape)
+    status = np.frombuffer(pa.allocate_buffer(shape[0] * shape[1]), np.uint8).reshape(shape[::-1])
+    age = np.empty(shape) if ages else None
     rolling.roll(
         plan.program, plan.others, columns.times, np.ascontiguousarray(columns.values.T), known,
         np.searchsorted(columns.entities, numbers), moments, bounds, np.searchsorted(asked, numbers),
         values, status, age,
     )  # fmt: skip
     if rows is None:
-        return Swept(values, status, age)
+        return Swept(values.T, status, None if age is None else age.T)
     back = np.empty(len(rows), np.int64)
     back[rows] = np.arange(len(rows))
-    return Swept(values[back], status[back], age[back])
-
-
-def _ascending(*keys: np.ndarray) -> bool:
-    """Whether rows are in the order of their keys, the first one leading."""
-    decided = np.zeros(max(len(keys[0]) - 1, 0), np.bool_)
-    for key in keys:
-        if np.any(~decided & (key[1:] < key[:-1])):
-            return False
-        decided |= key[1:] > key[:-1]
-    return True
+    return Swept(values[:, back].T, status[back], None if age is None else age[:, back].T)

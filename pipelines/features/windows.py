@@ -127,14 +127,16 @@ def compile_plan(view: FeatureView, contract: Contract) -> Plan:
     """The program of a view over a contract's events. Pure; the derived features are checked on the way."""
     fields = tuple(dict.fromkeys([*(w.field for w in view.windows), *(lag.field for lag in view.lags)]))
     reach = contract.lateness + contract.future + READ_BEHIND
-    windows: list[tuple[_Series, int, list[int], list[int]]] = []
+    windows: list[tuple[_Series, int, list[int]]] = []
     for window in view.windows:
         places = [view.stored.index(window.feature(fold)) for fold in window.folds]
         for family in dict.fromkeys(_FOLDS[fold][0] for fold in window.folds):
             series = _Series(window.field, microseconds(window.hop), family, _half_life(window, family))
-            mine = [(_FOLDS[fold][1], at) for fold, at in zip(window.folds, places, strict=True)
-                    if _FOLDS[fold][0] == family]  # fmt: skip
-            windows.append((series, window.tiles, [code for code, _ in mine], [at for _, at in mine]))
+            outs = [-1] * layout.MOST_FOLDS
+            for fold, at in zip(window.folds, places, strict=True):
+                if _FOLDS[fold][0] == family:
+                    outs[_FOLDS[fold][1]] = at
+            windows.append((series, window.tiles, outs))
     lags = [
         (_Series(lag.field, microseconds(lag.hop), families.LATEST), lag.offset // lag.hop, place)
         for place, lag in enumerate(view.lags, start=len(view.stored) - len(view.lags))
@@ -151,9 +153,7 @@ def compile_plan(view: FeatureView, contract: Contract) -> Plan:
         series_rows.append([field, series.hop, ring, width, words, words + width, series.family, series.half_life])
         words += (ring + 1) * width
     index = {series: place for place, series in enumerate(spans)}
-    window_rows = [
-        [index[series], tiles, len(codes), *_padded(codes), *_padded(outs)] for series, tiles, codes, outs in windows
-    ]
+    window_rows = [[index[series], tiles, *outs] for series, tiles, outs in windows]
     lag_rows = [[index[series], tiles, out] for series, tiles, out in lags]
 
     header = [0] * layout.P_HEADER
@@ -187,10 +187,6 @@ def _computed(window: Window) -> tuple[str, int, int, list[str], int | None]:
 
 def _half_life(window: Window, family: int) -> int:
     return microseconds(window.half_life) if family == families.DECAY and window.half_life is not None else 0
-
-
-def _padded(numbers: list[int]) -> list[int]:
-    return [*numbers, *[0] * (layout.MOST_FOLDS - len(numbers))]
 
 
 def view_fingerprint(view: FeatureView, contract: Contract) -> str:

@@ -43,7 +43,7 @@ def test_offline_sweep_equals_the_oracle_at_every_read(world: World) -> None:
     columns = EventColumns(("m",), np.zeros_like(times), times, orders, known_at, sequences, values)
     bounds = np.array([len(counted(PLAN, world.events[: read.cut])) for read in world.reads], np.int64)
     moments = np.array([read.now for read in world.reads], np.int64)
-    swept = sweep(PLAN, columns, sequences, Reads(np.zeros_like(moments), moments, bounds))
+    swept = sweep(PLAN, columns, sequences, Reads(np.zeros_like(moments), moments, bounds), ages=True)
     for place, read in enumerate(world.reads):
         values, newest = expected(world, read)
         assert same_bits(swept.values[place], values)

@@ -96,6 +96,13 @@ def test_a_sweep_refuses_events_ahead_of_when_they_became_known() -> None:
         sweep(PLAN, replace(ahead, times=ahead.times + 1), now, reads)
 
 
+def test_events_of_one_moment_are_folded_in_canonical_order_however_they_stand() -> None:
+    times, orders = np.array([BASE, BASE]), np.array([7, -7])
+    columns = EventColumns(("m",), times * 0, times, orders, times, times, np.array([[2.0, 2.0], [1.0, 1.0]]))
+    found = sweep(PLAN, columns, times, Reads(np.zeros(1, np.int64), times[:1], times[:1])).values[0]
+    assert [found[PLAN.features.index(f"flow_{fold}_1m")] for fold in ("first", "last")] == [1.0, 2.0]
+
+
 def test_reads_may_come_in_any_order_and_of_unknown_entities() -> None:
     times = BASE + np.arange(4) * TILE
     columns = EventColumns(("a", "b"), np.array([0, 1, 0, 1]), times, times, times, times, np.ones((4, 2)))

@@ -43,7 +43,10 @@ def compiled(kernel: _Kernel) -> _Kernel:
 
 
 def inner(kernel: _Kernel) -> _Kernel:
-    """``compiled`` for a function that only kernels call, which spares it an entry for the interpreter."""
+    """``compiled`` for a function that only kernels call: without an entry for the interpreter, and put into its callers.
+
+    Left to itself the compiler calls the larger ones, handing accumulators of ten words over through memory.
+    """
     return _compiled(kernel, callable_from_python=False)
 
 
@@ -57,6 +60,7 @@ def _compiled(kernel: _Kernel, callable_from_python: bool) -> _Kernel:
             nogil=True,
             no_cpython_wrapper=not callable_from_python,
             no_cfunc_wrapper=True,
+            forceinline=not callable_from_python,
         )(kernel)
     finally:
         _settings.CACHE_DIR = base

@@ -11,7 +11,7 @@ from pipelines.features.kernels.compiled import inner
 from pipelines.features.kernels.layout import EMPTY
 
 WIDTH = 3
-C_EWM = 30
+C_EWM = 0
 _LN2 = 0.6931471805599453
 
 

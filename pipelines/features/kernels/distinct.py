@@ -14,7 +14,7 @@ from pipelines.features.kernels.layout import EMPTY
 
 K = 64
 WIDTH = 2 + K
-C_DISTINCT = 40
+C_DISTINCT = 0
 _LARGEST = float(1 << 63)
 
 

@@ -21,9 +21,8 @@ VERSION, NEWEST, START, COUNT, UNPLACED, SEEN, HEADER = 0, 1, 2, 3, 4, 5, 8
 # Words of the program's header, then rows of series, windows and lags.
 P_SERIES, P_WINDOWS, P_LAGS, P_FIELDS, P_REACH, P_FIXED, P_TTL, P_HEADER = 0, 1, 2, 3, 4, 5, 6, 8
 S_FIELD, S_HOP, S_RING, S_WIDTH, S_SETTLED, S_TILES, S_FAMILY, S_HALF_LIFE, S_ROW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-MOST_FOLDS = 11  # of one family in one window
-W_SERIES, W_TILES, W_FOLDS, W_CODES = 0, 1, 2, 3
-W_OUTS = W_CODES + MOST_FOLDS
+MOST_FOLDS = 11  # of one family
+W_SERIES, W_TILES, W_OUTS = 0, 1, 2  # by the fold's code: where in the stored vector it is, -1 for nowhere
 W_ROW = W_OUTS + MOST_FOLDS
 L_SERIES, L_TILES, L_OUT, L_ROW = 0, 1, 2, 3
 

@@ -37,8 +37,6 @@ from pipelines.features.kernels.layout import (
     S_WIDTH,
     SEEN,
     STALE,
-    W_CODES,
-    W_FOLDS,
     W_OUTS,
     W_ROW,
     W_SERIES,
@@ -52,11 +50,12 @@ NEVER = 1 << 62  # a ttl for lags, which are as old as they are meant to be
 @inner
 def judge(
     value: float, newest: int, now: int, ttl: int,
-    values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int, out: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray | None, row: int, out: int,
 ) -> None:  # fmt: skip
     """Writes one value with its age and status; nothing newer than ``ttl`` (us) contributed to a STALE one."""
-    values[row, out] = value
-    age[row, out] = (now - newest) / 1e6 if newest != EMPTY else np.nan
+    values[out, row] = value
+    if age is not None:
+        age[out, row] = (now - newest) / 1e6 if newest != EMPTY else np.nan
     if np.isnan(value):
         status[row, out] = MISSING
     elif newest == EMPTY or now - newest > ttl:
@@ -66,22 +65,40 @@ def judge(
 
 
 @inner
+def _put(
+    code: int, whole: Any, now: int, present: int, seconds: float, program: np.ndarray, w: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray | None, row: int,
+) -> None:  # fmt: skip
+    out = program[w + W_OUTS + code]
+    if out >= 0:
+        value = finish(code, whole, now)
+        values[out, row] = value
+        status[row, out] = MISSING if np.isnan(value) else present
+        if age is not None:
+            age[out, row] = seconds
+
+
+@inner
 def finish_window(
     whole: Any, program: np.ndarray, w: int, now: int,
-    values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray | None, row: int,
 ) -> None:  # fmt: skip
     """Writes the folds of the window at program word ``w``, whose accumulator at ``now`` is ``whole``."""
     last = newest(whole)
-    seconds, present = np.nan, STALE
-    if last != EMPTY:
-        seconds = (now - last) / 1e6
-        present = STALE if now - last > program[P_TTL] else FRESH
-    for f in range(program[w + W_FOLDS]):
-        out = program[w + W_OUTS + f]
-        value = finish(program[w + W_CODES + f], whole, now)
-        values[row, out] = value
-        age[row, out] = seconds
-        status[row, out] = MISSING if np.isnan(value) else present
+    present = STALE if last == EMPTY or now - last > program[P_TTL] else FRESH
+    seconds = (now - last) / 1e6 if last != EMPTY else np.nan
+    # One line per code: the compiler leaves of ``finish`` what that code needs, and in a loop it would not.
+    _put(0, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(1, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(2, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(3, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(4, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(5, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(6, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(7, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(8, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(9, whole, now, present, seconds, program, w, values, status, age, row)
+    _put(10, whole, now, present, seconds, program, w, values, status, age, row)
 
 
 @inner
@@ -94,7 +111,7 @@ def _window(
     now: int,
     values: np.ndarray,
     status: np.ndarray,
-    age: np.ndarray,
+    age: np.ndarray | None,
     row: int,
 ) -> None:
     series = P_HEADER + program[w + W_SERIES] * S_ROW
@@ -125,11 +142,12 @@ def _window(
 @compiled
 def read(
     state: np.ndarray, program: np.ndarray, others: bool | None, now: int,
-    values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray | None, row: int,
 ) -> bool:  # fmt: skip
-    """Fills one row of stored features as of ``now``; False when the state has moved on too far for that.
+    """Fills one column of stored features as of ``now``; False when the state has moved on too far for that.
 
-    values, age (seconds) float64[rows, features], status uint8[rows, features]; ``others`` as in ``tiles.apply``.
+    values, age (seconds) float64[features, rows], status uint8[rows, features]; ``others`` as in ``tiles.apply``.
+    Without ``age`` (None) ages are left out.
     """
     if state[SEEN] > 0 and now < state[NEWEST] - program[P_REACH]:
         return False

@@ -102,7 +102,7 @@ def _known_prefix(
 def _window(
     like: Any, program: np.ndarray, w: int, times: np.ndarray, column: np.ndarray, known: np.ndarray,
     moments: np.ndarray, bounds: np.ndarray, first_read: int, last_read: int,
-    values: np.ndarray, status: np.ndarray, age: np.ndarray,
+    values: np.ndarray, status: np.ndarray, age: np.ndarray | None,
 ) -> None:  # fmt: skip
     """Fills the rows [first_read, last_read) of one window's features of one entity."""
     if first_read == last_read:
@@ -192,7 +192,7 @@ def _lag(
     last_read: int,
     values: np.ndarray,
     status: np.ndarray,
-    age: np.ndarray,
+    age: np.ndarray | None,
 ) -> None:
     """Fills the rows [first_read, last_read) of one lag of one entity."""
     hop, m, at = program[P_HEADER + program[lag + L_SERIES] * S_ROW + S_HOP], times.shape[0], 0
@@ -225,13 +225,13 @@ def roll(
     read_edges: np.ndarray,
     values: np.ndarray,
     status: np.ndarray,
-    age: np.ndarray,
+    age: np.ndarray | None,
 ) -> None:
     """Reads the stored features of many entities.
 
     Entity e has the events [event_edges[e], event_edges[e + 1]) in canonical order (times, known int64[m], columns
     float64[fields, m]) and the reads [read_edges[e], read_edges[e + 1]) with ascending moments (moments, bounds
-    int64[q]). Fills values, age (seconds) float64[q, features] and status uint8[q, features]; ``others`` as in
+    int64[q]). Fills values, age (seconds) float64[features, q] and status uint8[q, features]; ``others`` as in
     ``tiles.apply``.
     """
     windows = P_HEADER + program[P_SERIES] * S_ROW

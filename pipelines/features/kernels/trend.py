@@ -14,7 +14,7 @@ from pipelines.features.kernels.compiled import inner
 from pipelines.features.kernels.layout import EMPTY
 
 WIDTH = 7
-C_SLOPE = 20
+C_SLOPE = 0
 
 
 class Trend(NamedTuple):
