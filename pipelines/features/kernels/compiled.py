@@ -43,7 +43,7 @@ def compiled(kernel: _Kernel) -> _Kernel:
 
 
 def inner(kernel: _Kernel) -> _Kernel:
-    """``compiled`` for a function that only kernels call: without an entry for the interpreter, and put into its callers.
+    """``compiled`` for a function that only kernels call: without an entry for the interpreter, put into its callers.
 
     Left to itself the compiler calls the larger ones, handing accumulators of ten words over through memory.
     """
