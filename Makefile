@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 DEBIAN := postgresql redis-server
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install install-test deps demo test lint format clean
+.PHONY: install install-test deps demo test benchmark lint format clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -41,6 +41,11 @@ demo: install
 
 test: install-test deps lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+
+# Kept out of CI: figures are only worth something on a machine that does nothing else.
+benchmark: install-test deps
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,samples,test,benchmarks]'
+	$(BIN)/python -m tests.benchmarks.$(or $(NAME),features) $(ARGS)
 
 lint: install-test
 	$(BIN)/pre-commit run --all-files
