@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -50,7 +51,7 @@ def materialize(
     """Rebuilds the online state from the newest events table and the ingest log after it.
 
     No load and no drain commits meanwhile. In LMDB, no other state or log of the use case may be open in this
-    process; other processes go on reading the old state until the new one is whole. One bucket at a time is held
+    process; other processes go on reading the old state until the new one is whole. Two buckets at a time are held
     in memory. First the log learns the ids of all rows that could still reach state, so an event that came with a
     load is not taken again over HTTP.
     """
@@ -71,12 +72,27 @@ def materialize(
                     with log.transaction(clock.now()) as transaction:
                         transaction.remember(EVENTS, known)
             still_held()
-            parts = (tables.read(source, version=version, partition={BUCKET: [bucket]}) for bucket in held)
-            generation = state.materialize(parts, version, log, EVENTS, drained)
+
+            def read(bucket: int) -> pa.Table:
+                return tables.read(source, version=version, partition={BUCKET: [bucket]})
+
+            generation = state.materialize(_read_ahead(read, held), version, log, EVENTS, drained)
         return Materialized(generation, version, state.applied(), state.entities(), clock.now())
     finally:
         state.close()
         log.close()
+
+
+def _read_ahead(read: Callable[[int], pa.Table], buckets: Sequence[int]) -> Iterator[pa.Table]:
+    """Each bucket's rows; while they are worked on, the next ones are read."""
+    with ThreadPoolExecutor(1) as reading:
+        following = [reading.submit(read, bucket) for bucket in buckets[:1]]
+        for bucket in buckets[1:]:
+            rows = following.pop().result()
+            following.append(reading.submit(read, bucket))
+            yield rows
+        for last in following:
+            yield last.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

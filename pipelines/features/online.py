@@ -8,7 +8,7 @@ Redis, is decided here by the settings and known to nothing above.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from cluster.log import DurableLog, Log
 from cluster.settings import Settings
 from pipelines.contracts.events import SEQUENCE, decode_events
 from pipelines.features.served import Status
-from pipelines.features.state import EntityState, StateError, read_into, vectors, words
+from pipelines.features.state import StateError, apply_events, read_into, vectors, words
 from pipelines.features.stores import Rebuild, Transaction, open_store
-from pipelines.features.windows import by_entity, compile_plan, eligible, event_columns, take
+from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns, take
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
 
@@ -32,6 +32,7 @@ NO_TABLE = -1  # the table version of generation 0, which was never materialized
 _HEAD = struct.Struct("<BQQQ")  # format, applied sequence, generation, events that could not be placed
 _FORMAT = 1
 _VERSION = struct.Struct("<q")
+_WORDS_AT_ONCE = 4 << 20  # of states that are changed by one call of a kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,15 +223,14 @@ class OnlineState:
         """Applies rows of the events table to the entities they name; how many could not be placed."""
         columns = event_columns(self.plan, rows)
         kept = np.flatnonzero(eligible(self.plan, columns))
-        order = kept[np.lexsort((columns.orders[kept], columns.times[kept]))]
-        changed = list(by_entity(columns, order))
-        unplaced = 0
-        for (entity, mine), blob in zip(changed, txn.get([entity for entity, _ in changed]), strict=True):
-            state = EntityState(self.plan) if blob is None else EntityState.from_bytes(self.plan, blob)
-            before, seen = state.unplaced, take(columns, mine)
-            state.apply(seen.times, seen.orders, seen.values)
-            unplaced += state.unplaced - before
-            txn.put(entity, state.to_bytes())
+        order = np.lexsort((columns.orders[kept], columns.times[kept], columns.entities[kept]))
+        seen, unplaced = take(columns, kept[order]), 0
+        for first, last, names, edges in _parts(self.plan, seen):
+            part = take(seen, slice(first, last))
+            states, late = apply_events(self.plan, list(txn.get(names)), part, edges - first)
+            for name, state in zip(names, states, strict=True):
+                txn.put(name, state)
+            unplaced += late
         return unplaced
 
 
@@ -252,6 +252,23 @@ class BoundReader:
                 state = plan.empty_state if blob is None else words(plan, blob)
                 read_into(plan, state, now_us, values, status, age, place)
         return Read(values.T, status, age.T, head.applied, head.generation, known)
+
+
+def _parts(plan: Plan, seen: EventColumns) -> Iterator[tuple[int, int, list[str], np.ndarray]]:
+    """Entities whose states and events fit into memory at once: first and last row, names, and where each one begins.
+
+    ``seen`` stands by entity; ``edges`` int64[e + 1] are rows of ``seen``.
+    """
+    edges = np.searchsorted(seen.entities, np.arange(len(seen.names) + 1))
+    present = np.flatnonzero(np.diff(edges))
+    words = np.cumsum(plan.fixed_words + np.diff(edges)[present] * plan.raw_words)
+    at = 0
+    while at < len(present):
+        upto = max(at + 1, int(np.searchsorted(words, (words[at - 1] if at else 0) + _WORDS_AT_ONCE)))
+        chosen = present[at:upto]
+        bounds = np.append(edges[chosen], edges[chosen[-1] + 1])
+        yield int(bounds[0]), int(bounds[-1]), [seen.names[place] for place in chosen.tolist()], bounds
+        at = upto
 
 
 def _head(found: bytes | None) -> _Head:

@@ -6,13 +6,13 @@ batches, nor a restart from bytes changes a value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pipelines.features.kernels import layout, reads, tiles
-from pipelines.features.windows import Plan
+from pipelines.features.windows import EventColumns, Plan
 
 # Above this many unsettled events an entity is refused: every change writes them all again.
 MAX_RAW_EVENTS = 100_000
@@ -70,11 +70,7 @@ class EntityState:
             self._words = larger
         tiles.apply(self._words, self.plan.program, self.plan.others, times, orders, values)
         if self._words[layout.COUNT] > MAX_RAW_EVENTS:
-            raise StateError(
-                f"an entity has {self._words[layout.COUNT]} events within {self.plan.reach_us / 1e6:g} s, "
-                "more than the "
-                f"{MAX_RAW_EVENTS} that state keeps; lower the contract's lateness or split the entity"
-            )
+            raise _too_many(self.plan, int(self._words[layout.COUNT]))
 
     def read(self, now_us: int) -> Vector:
         """The stored features at ``now_us``; ``StateError`` when that is behind what the state can still
@@ -95,9 +91,14 @@ class EntityState:
         return int(self._words[layout.UNPLACED])
 
 
-def words(plan: Plan, blob: Any) -> np.ndarray:
-    """Writable int64 words of a stored state (bytes or a buffer, which is copied)."""
-    found = np.frombuffer(bytearray(blob), np.int64)
+def words(plan: Plan, blob: bytes | memoryview) -> np.ndarray:
+    """Writable int64 words of a stored state, which is copied."""
+    return _checked(plan, bytearray(blob))
+
+
+def _checked(plan: Plan, blob: bytes | bytearray | memoryview) -> np.ndarray:
+    """The int64 words of a stored state; ``StateError`` when another format or view wrote it."""
+    found = np.frombuffer(blob, np.int64)
     if len(found) < plan.fixed_words or found[layout.VERSION] != layout.FORMAT:
         raise StateError(
             f"a stored state has format {blob[0]} and {len(blob)} bytes, but view {plan.view.name!r} "
@@ -106,6 +107,45 @@ def words(plan: Plan, blob: Any) -> np.ndarray:
             "with `python -m pipelines.backfill USECASE --materialize`"
         )
     return found
+
+
+def _too_many(plan: Plan, count: int) -> StateError:
+    return StateError(
+        f"an entity has {count} events within {plan.reach_us / 1e6:g} s, more than the {MAX_RAW_EVENTS} that state "
+        "keeps; lower the contract's lateness or split the entity"
+    )
+
+
+def apply_events(
+    plan: Plan, blobs: Sequence[bytes | memoryview | None], seen: EventColumns, edges: np.ndarray
+) -> tuple[list[memoryview], int]:
+    """The states that ``blobs`` become, None being one of nothing, and how many events could not be placed.
+
+    Entity e has the rows [edges[e], edges[e + 1]) of ``seen``, in canonical order. The same as ``EntityState.apply``
+    and ``to_bytes`` of each, with its errors, in one call of a kernel.
+    """
+    fixed, row = plan.fixed_words, plan.raw_words
+    held = np.array([fixed if blob is None else len(blob) // 8 for blob in blobs], np.int64)
+    begins = np.concatenate([[0], np.cumsum(held + np.diff(edges) * row)])
+    states = np.empty(begins[-1], np.int64)
+    before = 0
+    for e, blob in enumerate(blobs):
+        if blob is not None:
+            found = _checked(plan, blob)
+            states[begins[e] : begins[e] + len(found)] = found
+            before += int(found[layout.UNPLACED])
+    new = np.array([blob is None for blob in blobs], np.bool_)
+    lengths = tiles.apply_many(
+        states, begins, new, plan.empty_state, plan.program, plan.others, edges, seen.times, seen.orders, seen.values
+    )
+    most = int(states[begins[:-1] + layout.COUNT].max(initial=0))
+    if most > MAX_RAW_EVENTS:
+        raise _too_many(plan, most)
+    after = int(states[begins[:-1] + layout.UNPLACED].sum())
+    whole = states.data.cast("B")
+    ends = begins[:-1] + lengths
+    made = [whole[8 * a : 8 * b] for a, b in zip(begins[:-1].tolist(), ends.tolist(), strict=True)]
+    return made, after - before
 
 
 def vectors(plan: Plan, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -246,7 +245,7 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return numbers
 
 
-def take(columns: EventColumns, rows: np.ndarray) -> EventColumns:
+def take(columns: EventColumns, rows: np.ndarray | slice) -> EventColumns:
     """The given rows, in the given order."""
     return replace(
         columns,
@@ -257,15 +256,6 @@ def take(columns: EventColumns, rows: np.ndarray) -> EventColumns:
         sequences=columns.sequences[rows],
         values=columns.values[rows],
     )
-
-
-def by_entity(columns: EventColumns, order: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The rows in ``order`` of each entity that has any, entities ascending."""
-    grouped = order[np.argsort(columns.entities[order], kind="stable")]
-    edges = np.searchsorted(columns.entities[grouped], np.arange(len(columns.names) + 1))
-    for place, name in enumerate(columns.names):
-        if edges[place] < edges[place + 1]:
-            yield name, grouped[edges[place] : edges[place + 1]]
 
 
 def eligible(plan: Plan, columns: EventColumns) -> np.ndarray:

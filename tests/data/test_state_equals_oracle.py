@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.features.served import Status
-from pipelines.features.state import EntityState, StateError
+from pipelines.features.state import EntityState, StateError, apply_events
 from pipelines.features.sweep import Reads, sweep
 from pipelines.features.windows import EventColumns
 from tests.data.oracle import Event
@@ -63,6 +63,36 @@ def test_neither_batch_splits_nor_restarts_from_bytes_change_the_state(world: Wo
         parts = EntityState.from_bytes(PLAN, parts.to_bytes())
         at += size
     assert parts.to_bytes() == whole.to_bytes()
+
+
+@given(st.lists(worlds(most=25), min_size=1, max_size=3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_states_of_many_entities_changed_at_once_are_those_changed_one_by_one(
+    given_worlds: list[World], data: st.DataObject
+) -> None:
+    told = [counted(PLAN, world.events) for world in given_worlds]
+    singly = [EntityState(PLAN) for _ in told]
+    together: list[bytes | None] = [None] * len(told)
+    unplaced = 0
+    for _ in range(3):
+        now = [events[: data.draw(st.integers(0, len(events)))] for events in told]
+        told = [events[len(part) :] for events, part in zip(told, now, strict=True)]
+        now = [sorted(part, key=lambda e: (e.time, e.order)) for part in now]
+        for state, part in zip(singly, now, strict=True):
+            if part:
+                state.apply(*arrays(PLAN, part))
+        places = [place for place, part in enumerate(now) if part]
+        edges = np.cumsum([0, *(len(now[place]) for place in places)])
+        times, orders, values = arrays(PLAN, [event for place in places for event in now[place]])
+        entities = np.repeat(places, np.diff(edges)).astype(np.int64)
+        seen = EventColumns(("a", "b", "c"), entities, times, orders, times, times * 0, values)
+        made, late = apply_events(PLAN, [together[place] for place in places], seen, edges)
+        unplaced += late
+        for place, blob in zip(places, made, strict=True):
+            together[place] = bytes(blob)
+    for state, blob in zip(singly, together, strict=True):
+        assert blob is None or blob == state.to_bytes()
+    assert unplaced == sum(state.unplaced for state in singly)
 
 
 @given(worlds(), st.randoms(use_true_random=False))

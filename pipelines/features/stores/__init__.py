@@ -45,7 +45,7 @@ class Transaction(Protocol):
     def get(self, entities: Sequence[str]) -> Iterable[Blob | None]:
         """The entities' states, fetched as they are gone through; one is valid until the next ``put``."""
 
-    def put(self, entity: str, blob: bytes) -> None:
+    def put(self, entity: str, blob: Blob) -> None:
         """Replaces the entity's state."""
 
     def put_head(self, head: bytes) -> None:
@@ -61,7 +61,7 @@ class Rebuild(Protocol):
     def get(self, entities: Sequence[str]) -> Iterable[Blob | None]:
         """As in ``Transaction``, of the new entities."""
 
-    def put(self, entity: str, blob: bytes) -> None:
+    def put(self, entity: str, blob: Blob) -> None:
         """Sets a new entity's state."""
 
     def present(self) -> bytes | None:

@@ -110,7 +110,7 @@ class _Writing:
     def get(self, entities: Sequence[str]) -> Iterator[Blob | None]:
         return self._store._get(self._txn, entities)
 
-    def put(self, entity: str, blob: bytes) -> None:
+    def put(self, entity: str, blob: Blob) -> None:
         self._txn.put(_key(entity), blob, db=self._store._entities)
 
     def put_head(self, head: bytes) -> None:

@@ -205,7 +205,7 @@ class _Change:
         self.head = before.head
         self._store = store
         self._before = before
-        self._puts: dict[str, bytes] = {}
+        self._puts: dict[str, Blob] = {}
         self._new_head: bytes | None = None
 
     def get(self, entities: Sequence[str]) -> list[Blob | None]:
@@ -215,7 +215,7 @@ class _Change:
         stored = dict(zip(unknown, found.blobs, strict=True))
         return [self._puts[entity] if entity in self._puts else stored[entity] for entity in entities]
 
-    def put(self, entity: str, blob: bytes) -> None:
+    def put(self, entity: str, blob: Blob) -> None:
         self._puts[entity] = blob
 
     def put_head(self, head: bytes) -> None:
@@ -243,7 +243,7 @@ class _Rebuild:
         self.published = False
         self._store = store
         self._present = before
-        self._puts: dict[str, bytes] = {}
+        self._puts: dict[str, Blob] = {}
         self._bytes = 0
 
     def get(self, entities: Sequence[str]) -> list[bytes | None]:
@@ -255,7 +255,7 @@ class _Rebuild:
             found: list[bytes | None] = self._store.client.hmget(key, [_field(entity) for entity in entities])
         return found
 
-    def put(self, entity: str, blob: bytes) -> None:
+    def put(self, entity: str, blob: Blob) -> None:
         self._puts[entity] = blob
         self._bytes += len(blob)
         if self._bytes >= _CHUNK_BYTES:
