@@ -51,7 +51,8 @@ def usual(flow_mean_1h):
     return np.where(np.isnan(flow_mean_1h), 0.0, flow_mean_1h)
 
 
-def _page() -> UseCase:
+def page() -> UseCase:
+    """Ten windowed and five derived features of a sensor."""
     made = worlds.view((HOUR, 5 * MINUTE), (DAY, HOUR), folds=_FOLDS)
     functions = tuple(Derived(name=f.__name__, function=f) for f in (level, span, score, seen, usual))
     return worlds.use_case(made.model_copy(update={"derived": functions}))
@@ -59,14 +60,14 @@ def _page() -> UseCase:
 
 def figures() -> dict[str, float]:
     """Medians of reads in microseconds and milliseconds, and how many times faster than the peers."""
-    page, readings = _page(), worlds.readings(SENSORS, EACH, MINUTE_US)
-    rows = worlds.events(page.contract, worlds.rows_of(readings))
+    made = page()
+    rows = worlds.events(made.contract, worlds.rows_of(worlds.readings(SENSORS, EACH, MINUTE_US)))
     now = BASE + EACH * MINUTE_US
     with tempfile.TemporaryDirectory() as place:
-        one, hundred = _reads(Settings(home=Path(place)), page, rows, now)
+        one, hundred = _reads(Settings(home=Path(place)), made, rows, now)
     with tempfile.TemporaryDirectory() as place, redis() as server:
         settings = Settings(home=Path(place), state_url=server.url)
-        over_raw = _over_raw(settings, page, rows, now)
+        over_raw = _over_raw(settings, made, rows, now)
     say(f"10 windowed and 5 derived features: one entity {one:.1f} us, 100 entities {hundred / 1e3:.3f} ms")
     say(f"10 windowed features from Redis: {over_raw:.2f} times the HMGET of their bytes")
     ours, theirs = _latest()
@@ -81,17 +82,17 @@ def figures() -> dict[str, float]:
     }
 
 
-def _reads(settings: Settings, page: UseCase, rows: pa.Table, now: int) -> tuple[float, float]:
-    state, log = open_state(settings, page), open_log(settings, page)
+def _reads(settings: Settings, made: UseCase, rows: pa.Table, now: int) -> tuple[float, float]:
+    state, log = open_state(settings, made), open_log(settings, made)
     state.materialize(rows, 1, log)
     reader, names = state.bind(), state.names()
     once, often = np.full(1, now), np.full(100, now)
 
     def one(turn: int) -> dict[str, np.ndarray]:
-        return derived.columns(page.view, reader.read([names[turn % SENSORS]], now).values, {}, once)
+        return derived.columns(made.view, reader.read([names[turn % SENSORS]], now).values, {}, once)
 
     def hundred(turn: int) -> dict[str, np.ndarray]:
-        return derived.columns(page.view, reader.read(names[turn % 100 :][:100], now).values, {}, often)
+        return derived.columns(made.view, reader.read(names[turn % 100 :][:100], now).values, {}, often)
 
     alone, together = one(5), hundred(5)
     if any(alone[name][0] != together[name][0] for name in alone):
@@ -102,10 +103,10 @@ def _reads(settings: Settings, page: UseCase, rows: pa.Table, now: int) -> tuple
     return found
 
 
-def _over_raw(settings: Settings, page: UseCase, rows: pa.Table, now: int) -> float:
+def _over_raw(settings: Settings, made: UseCase, rows: pa.Table, now: int) -> float:
     from pipelines.features.stores.redis import RedisStore
 
-    state, log = open_state(settings, page), open_log(settings, page)
+    state, log = open_state(settings, made), open_log(settings, made)
     state.materialize(rows, 1, log)
     reader, names, store = state.bind(), state.names(), state.store
     assert isinstance(store, RedisStore)
@@ -145,12 +146,12 @@ def _latest() -> tuple[dict[str, float], dict[str, float]]:
     )
     ever = 3650 * DAY
     windows = (Window(field=name, length=ever, hop=ever, folds=(Fold.LAST,)) for name in joins.FEATURES)
-    page = worlds.use_case(FeatureView(name="latest", windows=tuple(windows), ttl=ever), contract)
+    made = worlds.use_case(FeatureView(name="latest", windows=tuple(windows), ttl=ever), contract)
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         pq.write_table(rows, home / "rows.parquet")
         settings = Settings(home=home / "tidegate")
-        ours = _ours(settings, page, worlds.events(contract, rows))
+        ours = _ours(settings, made, worlds.events(contract, rows))
         names = rows.column("sensor").unique().to_pylist()[:1_000]
         (home / "names.json").write_text(json.dumps(names))
         done = subprocess.run(
@@ -160,7 +161,7 @@ def _latest() -> tuple[dict[str, float], dict[str, float]]:
             text=True,
         )
         theirs: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        state = open_state(settings, page)
+        state = open_state(settings, made)
         reader, now = state.bind(), SystemClock().now()
         mine = dict(zip(joins.FEATURES, reader.read([names[0]], now).values[0].tolist(), strict=True))
         if {name: theirs[name] for name in joins.FEATURES} != mine:
@@ -170,13 +171,13 @@ def _latest() -> tuple[dict[str, float], dict[str, float]]:
     return ours, theirs
 
 
-def _ours(settings: Settings, page: UseCase, rows: pa.Table) -> dict[str, float]:
+def _ours(settings: Settings, made: UseCase, rows: pa.Table) -> dict[str, float]:
     tables, database = Tables(settings.tables_url), Database(settings.database_url)
     database.create()
-    tables.ensure(events_table(page), events_schema(page.contract), [BUCKET])
-    tables.append(events_table(page), rows, "load/1")
+    tables.ensure(events_table(made), events_schema(made.contract), [BUCKET])
+    tables.append(events_table(made), rows, "load/1")
     begun = time.perf_counter()
-    done = materialize(page, tables=tables, database=database, settings=settings, clock=SystemClock())
+    done = materialize(made, tables=tables, database=database, settings=settings, clock=SystemClock())
     took = time.perf_counter() - begun
     if done.entities != joins.KEYS:
         raise Incomparable(f"{done.entities} of {joins.KEYS} keys were materialized")
