@@ -261,6 +261,10 @@ class Tables:
             )
         except TableNotFoundError:
             raise TableNotFoundError(f"no table {name!r} below {self.url}: ensure() creates it") from None
+        except DeltaError:
+            if version is None or version <= (newest := self.version(name)):
+                raise
+            raise ValueError(f"table {name!r} has no version {version}: its newest is {newest}") from None
 
     def _commit(self, handle: DeltaTable, files: Sequence[DataFile], transaction: Transaction) -> None:
         actions: list[AddAction | RemoveAction] = [

@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.settings import Settings
+from cluster.tables import Tables
+from pipelines.contracts.enforce import events_table
+from pipelines.contracts.events import EVENT_ID, SEQUENCE
+from pipelines.drain import drain
 from pipelines.features.online import OnlineState
 from tests.backends import open_log, open_state
 from tests.data.worlds import BASE, same_bits
@@ -93,7 +98,8 @@ while not told_to_stop():
 def running(code: str, place: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has printed its first line; it is gone at the end."""
     command = [sys.executable, "-c", code, place, *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Unbuffered: what a buffer had read beyond the first line would be lost to ``communicate``.
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     try:
         assert process.stdout is not None
         process.first = process.stdout.readline()  # type: ignore[attr-defined]
@@ -143,10 +149,21 @@ def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_
     expected = {b'["%c%d|%d"' % (s, int(at) % METERS, BASE + int(at)) for at in acknowledged for s in b"ab"}
     assert expected <= {value.split(b",")[0] for value in values}, "an acknowledged event is not in the log"
 
+    replayed = OnlineState(tmp_path / "replayed", use_case())
+    replayed.project(log)
+    assert blobs(state) == blobs(replayed)
+
+    tables = Tables((tmp_path / "tables").as_uri())
+    drain(use_case(), log, tables, Settings(home=tmp_path))
+    rows = tables.read(events_table(use_case()))
+    assert sorted(rows.column(SEQUENCE).to_pylist()) == list(range(1, len(records) + 1))
+    drained = rows.column(EVENT_ID).to_pylist()
+    assert len(drained) == len(set(drained)), "an event is in the table twice"
+    assert {f"{s}{int(at) % METERS}|{BASE + int(at)}" for at in acknowledged for s in "ab"} <= set(drained)
     rebuilt = OnlineState(tmp_path / "rebuilt", use_case())
-    rebuilt.project(log)
+    rebuilt.materialize(rows, tables.version(events_table(use_case())), log, drained=len(records))
     assert blobs(state) == blobs(rebuilt)
-    for opened in (log, state, rebuilt):
+    for opened in (log, state, replayed, rebuilt):
         opened.close()
 
 

@@ -209,6 +209,12 @@ def test_pruning_by_what_is_no_partition_is_refused(local):
         local.read("aqua/events", partition={"entity": ["e1"]})
 
 
+def test_a_version_that_is_not_there_says_so(tables):
+    for ask in (tables.read, tables.files, tables.entries):
+        with pytest.raises(ValueError, match="'aqua/events' has no version 7: its newest is 0"):
+            ask("aqua/events", version=7)
+
+
 def test_a_table_that_is_not_there_says_so(local):
     with pytest.raises(TableNotFoundError, match=r"no table 'aqua/nothing' below file:.*ensure\(\) creates it"):
         local.read("aqua/nothing")
