@@ -30,7 +30,7 @@ from serving.rollout.world import Standing, World
 
 START_TIMEOUT_S = 180.0
 PROMOTE_TIMEOUT_S = 90.0
-_APPLY_TIMEOUT_S = 15.0
+APPLY_TIMEOUT_S = 15.0
 _LOOK_EVERY_S, _REQUESTS_EVERY_S = 2.0, 0.25
 
 
@@ -66,6 +66,7 @@ class Controller:
         self._absent_since: float | None = None
         self._applied: dict[str, int] = {}
         self._prepared: dict[str, set[str]] = {}
+        self._told: float | None = None
         self._unrouted_s: float | None = None
 
     @property
@@ -139,7 +140,7 @@ class Controller:
             self._reread()
             raise
         if self.state != before:
-            self._entered, self._looked, self._absent_since = self._real(), -math.inf, None
+            self._entered, self._looked, self._absent_since, self._told = self._real(), -math.inf, None, None
             self._changed.notify_all()
 
     def _reread(self) -> None:
@@ -293,10 +294,14 @@ class Controller:
             self._record(Kind.FAILED, {"reason": reason})
 
     def _observe_withdrawal(self, state: State) -> None:
+        if self.table is not None and self.table.challenger is not None:
+            return  # the table without it could not be put in force yet: it is still being asked
+        if self._told is None:
+            self._told = self._real()
         live = self._world.gateways()
         if self._unrouted_s is None:
             followed = all(self._applied.get(gateway, 0) >= self._epoch() for gateway in live)
-            if not followed and self._since_entered() <= _APPLY_TIMEOUT_S:
+            if not followed and self._real() - self._told <= APPLY_TIMEOUT_S:
                 return  # first nobody asks it any more, then it goes
             self._unrouted_s = self._since_entered()
             self._applied = {gateway: self._applied.get(gateway, 0) for gateway in live}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.database import Database, ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines import usecases
 from pipelines.validation.paired import PairedDay
-from serving.rollout.controller import Controller
+from serving.rollout.controller import APPLY_TIMEOUT_S, Controller
 from serving.rollout.journal import Journal, replay
 from serving.rollout.judge import judge
 from serving.rollout.machine import Kind, NotAllowed, Phase
@@ -403,6 +403,43 @@ def test_an_effect_that_failed_is_tried_again_by_the_same_controller(database):
         turns()
     play.settle()
     assert play.controller.state.phase is Phase.SHADOW
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_challenger_is_not_taken_down_before_the_table_without_it_is_in_force(database, after):
+    class Locked(FakeWorld):
+        locked, failures = True, 0
+
+        def publish(self, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
+            routed = self.routed is not None and self.routed.challenger is not None
+            ends = self.locked and routed and document["challenger"] is None
+            if ends and after:
+                super().publish(expected, document)
+            if ends:
+                self.failures += 1
+                raise ConnectionError("the database does not answer")
+            return super().publish(expected, document)
+
+    world = Locked(open=["1"])
+    play = Play(world, Journal(database, f"locked{after}"))
+    for step in ("settle", "ask", "settle", "copies", "wait", "settle"):
+        STEPS[step](play)
+    assert play.controller.state.weight == 0.1
+    play.command("abort")
+    # No time-out ends this: callers are still told to ask it.
+    for _ in range(2 if after else 20):
+        with contextlib.suppress(ConnectionError, StaleEpoch):
+            play.time += APPLY_TIMEOUT_S
+            play.controller.turn()
+        assert play.world.applications == {"2"}
+        assert play.controller.state.phase is Phase.WITHDRAWING
+    assert world.failures == (1 if after else 20)
+    world.locked = False
+    play.controller.turn()
+    assert play.world.applications == {"2"}, "the gateway has had no time to follow"
+    play.settle()
+    assert play.controller.state.phase is Phase.IDLE
+    assert play.world.applications == set()
 
 
 def test_harm_adds_up_over_reports_to_its_cap(database):
