@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -38,6 +38,22 @@ def _salt() -> str:
     return secrets.token_hex(8)
 
 
+@dataclass
+class _Seen:
+    """What was seen of the world since the state began; the next state begins without any of it. Real seconds.
+
+    ``looked`` is when something was last asked of it, ``absent`` since when the challenger's application is gone,
+    ``told`` when the table without the challenger was first seen in force, and ``unrouted_s`` how long after the
+    decision nobody asked it any more.
+    """
+
+    entered: float
+    looked: float = -math.inf
+    absent: float | None = None
+    told: float | None = None
+    unrouted_s: float | None = None
+
+
 class Controller:
     """One use case's rollouts. Safe to call from several threads; ``turn`` is to be called again and again."""
 
@@ -61,13 +77,9 @@ class Controller:
         self.situation = journal.situation()
         self.table = world.table()
         self._made_true: State | None = None
-        self._entered = real()
-        self._looked = -math.inf
-        self._absent_since: float | None = None
+        self._seen = _Seen(real())
         self._applied: dict[str, int] = {}
         self._prepared: dict[str, set[str]] = {}
-        self._told: float | None = None
-        self._unrouted_s: float | None = None
 
     @property
     def state(self) -> State:
@@ -133,19 +145,23 @@ class Controller:
     # What follows is called with the lock held.
 
     def _record(self, kind: Kind, payload: dict[str, Any]) -> None:
-        before = self.state
         try:
-            self.situation = self._journal.append(self.situation, kind, payload, self._clock.now())
+            following = self._journal.append(self.situation, kind, payload, self._clock.now())
         except StaleJournal:
             self._reread()
             raise
-        if self.state != before:
-            self._entered, self._looked, self._absent_since, self._told = self._real(), -math.inf, None, None
-            self._changed.notify_all()
+        self._go_on_from(following)
 
     def _reread(self) -> None:
         """Another controller acted: its word counts."""
-        self.situation, self.table, self._made_true = self._journal.situation(), self._world.table(), None
+        found, self.table, self._made_true = self._journal.situation(), self._world.table(), None
+        self._go_on_from(found)
+
+    def _go_on_from(self, following: Situation) -> None:
+        before, self.situation = self.state, following
+        if self.state != before:
+            self._seen = _Seen(self._real())
+            self._changed.notify_all()
 
     def _take(self, report: Report) -> None:
         if report.rollout > self.state.rollout:
@@ -258,9 +274,9 @@ class Controller:
 
     def _due(self, every_s: float) -> bool:
         """True once in that time, and at once after the state has changed."""
-        due = self._real() - self._looked >= every_s
+        due = self._real() - self._seen.looked >= every_s
         if due:
-            self._looked = self._real()
+            self._seen.looked = self._real()
         return due
 
     def _observe_start(self, state: State) -> None:
@@ -276,12 +292,12 @@ class Controller:
         if not self._due(_LOOK_EVERY_S):
             return
         if self._world.standing(state.challenger or "")[0] is not Standing.ABSENT:
-            self._absent_since = None
+            self._seen.absent = None
             return
         # The whole cluster may have been started anew, which is no fault of the version.
         self._made_true = None
-        self._absent_since = self._absent_since or self._real()
-        if self._real() - self._absent_since > START_TIMEOUT_S:
+        self._seen.absent = self._seen.absent or self._real()
+        if self._real() - self._seen.absent > START_TIMEOUT_S:
             self._record(Kind.FAILED, {"reason": "its application is gone and does not come back"})
 
     def _observe_promotion(self, state: State) -> None:
@@ -296,19 +312,18 @@ class Controller:
     def _observe_withdrawal(self, state: State) -> None:
         if self.table is not None and self.table.challenger is not None:
             return  # the table without it could not be put in force yet: it is still being asked
-        if self._told is None:
-            self._told = self._real()
+        if self._seen.told is None:
+            self._seen.told = self._real()
         live = self._world.gateways()
-        if self._unrouted_s is None:
+        if self._seen.unrouted_s is None:
             followed = all(self._applied.get(gateway, 0) >= self._epoch() for gateway in live)
-            if not followed and self._real() - self._told <= APPLY_TIMEOUT_S:
+            if not followed and self._real() - self._seen.told <= APPLY_TIMEOUT_S:
                 return  # first nobody asks it any more, then it goes
-            self._unrouted_s = self._since_entered()
+            self._seen.unrouted_s = self._since_entered()
             self._applied = {gateway: self._applied.get(gateway, 0) for gateway in live}
             self._prepared = {gateway: self._prepared.get(gateway, set()) for gateway in live}
         if self._world.standing(state.challenger or "")[0] is Standing.ABSENT:
-            self._record(Kind.WITHDRAWN, {"zero_weight_s": round(self._unrouted_s, 4)})
-            self._unrouted_s = None
+            self._record(Kind.WITHDRAWN, {"zero_weight_s": round(self._seen.unrouted_s, 4)})
         elif self._due(_LOOK_EVERY_S):
             self._world.withdraw(state.challenger or "")
 
@@ -316,7 +331,7 @@ class Controller:
         return self.table.epoch if self.table is not None else 0
 
     def _since_entered(self) -> float:
-        return self._real() - self._entered
+        return self._real() - self._seen.entered
 
 
 _DECIDED = {

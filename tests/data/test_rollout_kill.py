@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.database import Database, ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines import usecases
 from pipelines.validation.paired import PairedDay
-from serving.rollout.controller import APPLY_TIMEOUT_S, Controller
+from serving.rollout.controller import APPLY_TIMEOUT_S, START_TIMEOUT_S, Controller
 from serving.rollout.journal import Journal, replay
 from serving.rollout.judge import judge
 from serving.rollout.machine import Kind, NotAllowed, Phase
@@ -103,6 +103,25 @@ class FakeWorld:
 
     def gateways(self) -> list[str]:
         return [GATEWAY]
+
+
+@dataclass
+class Lasting(FakeWorld):
+    """A world in which Serve takes its time to end an application."""
+
+    lasts: bool = True
+
+    def withdraw(self, version: str) -> None:
+        if not self.lasts:
+            super().withdraw(version)
+
+
+@dataclass
+class Loading(FakeWorld):
+    """A world in which no application is ready yet."""
+
+    def standing(self, version: str) -> tuple[Standing, str]:
+        return Standing.STARTING, "it is being loaded"
 
 
 class Clock:
@@ -300,6 +319,53 @@ def test_a_second_controller_is_fenced_and_takes_over_what_the_first_decided(dat
     second.turn()
     with pytest.raises(StaleEpoch):
         play.world.publish(stale, {"champion": "9"})
+
+
+def test_a_controller_that_takes_over_measures_the_state_it_finds_from_then_on(database):
+    """It has looked at an idle release for longer than a version may take to start."""
+    play = Play(Loading(open=["1"]), Journal(database, "old"))
+    play.settle()
+    time = [0.0]
+    old = Controller(USE_CASE, play.journal, play.world, play.clock, real=lambda: time[0], draw=lambda: "s")
+    play.world.open = ["2"]
+    play.settle()
+    assert play.controller.state.phase is Phase.STARTING
+    time[0] = 10 * START_TIMEOUT_S
+    with pytest.raises(StaleJournal):
+        old.turn()
+    time[0] += START_TIMEOUT_S
+    old.turn()
+    assert old.state.phase is Phase.STARTING
+    time[0] += 1
+    old.turn()
+    assert old.state.phase is Phase.WITHDRAWING
+
+
+def test_a_withdrawal_waits_for_gateways_also_when_another_controller_finished_the_one_before(database):
+    world = Lasting(open=["1"])
+    play = Play(world, Journal(database, "finished"))
+    for step in ("settle", "ask", "settle"):
+        STEPS[step](play)
+    play.command("abort")
+    play.settle()
+    old, world.lasts = play.controller, False
+    assert old.state.phase is Phase.WITHDRAWING
+    play.controller = play._make()
+    play.settle()
+    assert play.controller.state.phase is Phase.IDLE
+    world.open = ["3"]
+    play.settle()
+    play.command("abort")
+    play.controller.turn()
+    with pytest.raises(StaleJournal):
+        old.turn()
+    assert (old.state.phase, old.state.challenger) == (Phase.WITHDRAWING, "3")
+    for _ in range(4):
+        old.turn()
+    assert world.applications == {"3"}, "the gateway has had no time to follow"
+    play.controller = old
+    play.settle()
+    assert old.state.phase is Phase.IDLE
 
 
 def test_a_controller_that_slept_does_not_bring_an_old_table_back(database):
