@@ -98,7 +98,7 @@ class Controller:
         """A gateway's call: takes its report, and answers with a newer table or, after ``wait_s``, with None.
 
         ``epoch`` is the table it follows, ``prepared`` the versions it has loaded, ``refused`` those it could not load.
-        When this returns, the report is journalled.
+        When this returns, the report is journalled and what follows from it is decided.
         """
         with self._lock:
             self._applied[gateway], self._prepared[gateway] = epoch, set(prepared)
@@ -124,13 +124,13 @@ class Controller:
             self._changed.notify_all()  # the next turn does what follows
 
     def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:
-        """The complete days of a rollout with matured outcomes; those that are known change nothing."""
+        """The complete days of a rollout with matured outcomes; known ones are not counted again."""
         with self._lock:
             fits = self.state.tried and self.state.rollout == rollout
             later = self.situation.evidence.later(days)
             if fits and later:
                 self._record(Kind.LABELS, {"days": [asdict(day) for day in later]})
-                self._judge()
+            self._judge()
 
     def turn(self) -> None:
         """Makes the world what the state requires, looks at it, and decides."""
@@ -171,7 +171,7 @@ class Controller:
             return  # counted for a rollout that is over
         if self.situation.evidence.is_next(report):
             self._record(Kind.EVIDENCE, report.model_dump(mode="json"))
-            self._judge()
+        self._judge()  # a repeated one too: a controller that was killed after it had journalled it decided nothing
 
     def _judge(self) -> None:
         if not self.state.tried:
@@ -179,7 +179,7 @@ class Controller:
         situation = self.situation
         verdict = judge(situation.policy, situation.state, situation.evidence, self._clock.now())
         if verdict.action is not Action.HOLD:
-            self._record(_DECIDED[verdict.action], _payload(verdict, situation))
+            self._record(DECIDED[verdict.action], _payload(verdict, situation))
             self._route()
 
     def _refuse_unknown_policy(self) -> None:
@@ -334,7 +334,7 @@ class Controller:
         return self._real() - self._seen.entered
 
 
-_DECIDED = {
+DECIDED = {
     Action.ADVANCE: Kind.ADVANCED,
     Action.PROMOTE: Kind.PROMOTION_BEGUN,
     Action.PAUSE: Kind.PAUSED,

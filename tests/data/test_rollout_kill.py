@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 
 from cluster.database import Database, ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines import usecases
+from pipelines.spec import UseCase
 from pipelines.validation.paired import PairedDay
-from serving.rollout.controller import APPLY_TIMEOUT_S, START_TIMEOUT_S, Controller
-from serving.rollout.journal import Journal, replay
+from serving.rollout.controller import APPLY_TIMEOUT_S, DECIDED, START_TIMEOUT_S, Controller
+from serving.rollout.journal import Journal, Situation, replay
 from serving.rollout.judge import judge
 from serving.rollout.machine import Kind, NotAllowed, Phase
-from serving.rollout.projections import aliases
+from serving.rollout.projections import aliases, finite
+from serving.rollout.projections import document as called_for
 from serving.rollout.world import Standing
 from serving.routing import RoutingTable
 
 USE_CASE = usecases.load("aqua")
+CAUTIOUS = USE_CASE.model_copy(update={"release": USE_CASE.release.model_copy(update={"approval": True})})
 HOUR = 3_600_000_000
 GATEWAY = "here:1:aa"
 
@@ -33,10 +36,15 @@ class Killed(BaseException):
 
 @dataclass
 class FakeWorld:
-    """A world whose every change may kill the controller, before it is made or after."""
+    """A world whose every change may kill the controller, before it is made or after.
+
+    Who was killed changes nothing more, until a controller is made again (``dead`` becomes false).
+    """
 
     kills: list[int] = field(default_factory=list)
     changes: int = 0
+    dead: bool = False
+    journal: Journal | None = None
     routed: RoutingTable | None = None
     applications: set[str] = field(default_factory=set)
     broken: frozenset[str] = frozenset()
@@ -46,16 +54,18 @@ class FakeWorld:
     followed: dict[str, int] = field(default_factory=dict)
     history: list[tuple[str, float]] = field(default_factory=list)
 
-    def _point(self) -> None:
+    def point(self) -> None:
         self.changes += 1
         if self.kills and self.changes >= self.kills[0]:
             self.kills.pop(0)
+            self.dead = True
+        if self.dead:
             raise Killed
 
     def _changes(self):
-        self._point()
+        self.point()
         yield
-        self._point()
+        self.point()
 
     def table(self) -> RoutingTable | None:
         return self.routed
@@ -64,6 +74,8 @@ class FakeWorld:
         table = RoutingTable(epoch=0, **document)
         if (self.routed and self.routed.epoch) != (expected and expected.epoch):
             raise StaleEpoch
+        assert self.journal is not None
+        assert document == called_for(self.journal.situation()), "a table that the journal does not call for yet"
         if expected is not None and table.model_copy(update={"epoch": expected.epoch}) == expected:
             return expected
         for _ in self._changes():
@@ -124,6 +136,20 @@ class Loading(FakeWorld):
         return Standing.STARTING, "it is being loaded"
 
 
+class FragileJournal(Journal):
+    """A journal whose every entry may kill the controller of a world, before it is written or after."""
+
+    def __init__(self, database: Database, usecase: str, world: FakeWorld) -> None:
+        super().__init__(database, usecase)
+        self._world = world
+
+    def append(self, situation: Situation, kind: Kind, payload: dict[str, Any], at_us: int) -> Situation:
+        self._world.point()
+        following = super().append(situation, kind, payload, at_us)
+        self._world.point()
+        return following
+
+
 class Clock:
     def __init__(self) -> None:
         self.time = 1_700_000_000_000_000
@@ -140,13 +166,17 @@ class Play:
     journal: Journal
     clock: Clock = field(default_factory=Clock)
     time: float = 0.0
+    use_case: UseCase = USE_CASE
 
     def __post_init__(self) -> None:
+        self.world.journal = self.journal
         self.sent: dict[int, int] = {}
+        self.said = 0
         self.controller = self._survive(self._make)
 
     def _make(self) -> Controller:
-        return Controller(USE_CASE, self.journal, self.world, self.clock, real=self._tick, draw=lambda: "s")
+        self.world.dead = False
+        return Controller(self.use_case, self.journal, self.world, self.clock, real=self._tick, draw=lambda: "s")
 
     def _tick(self) -> float:
         """Real time that goes on a little each time somebody looks: periods end, time-outs do not."""
@@ -187,9 +217,14 @@ class Play:
         self._survive(lambda: self.controller.take_labels(rollout, days))
 
     def command(self, name: str) -> None:
-        def act() -> None:
+        self.said += 1
+        reason = f"because {self.said}"
+
+        def act() -> None:  # an operator without an answer looks whether it was heard
+            if any(entry.payload.get("reason") == reason for entry in self.journal.read()):
+                return
             with contextlib.suppress(NotAllowed):
-                self.controller.command(name, "someone", "because")
+                self.controller.command(name, "someone", reason)
 
         self._survive(act)
 
@@ -204,19 +239,69 @@ STEPS = {
     "worse": lambda play: play.labels(25, 0.07),
     "pause": lambda play: play.command("pause"),
     "resume": lambda play: play.command("resume"),
+    "approve": lambda play: play.command("approve"),
     "abort": lambda play: play.command("abort"),
     "ask": lambda play: play.world.open.append(str(1 + len(play.world.open) + len(play.world.closed))),
     "settle": lambda play: play.settle(),
 }
 USUAL = ["ask", "settle", "copies", "wait", "settle", "healthy", "wait", "settle", "wait", "settle", "better", "settle"]
+APPROVED = [*USUAL, "approve", "settle"]
+SHADOWED = ["settle", "ask", "settle"]
+# Each report and command is followed by one that would end otherwise if what the first called for was not decided.
+STORIES = [
+    ["settle", *APPROVED],
+    [*SHADOWED, "harm", "abort"],
+    [*SHADOWED, "copies", "wait", "settle", "errors", "pause", "ask", "settle", "pause", "resume", "approve", "abort"],
+    [*SHADOWED, "copies", "wait", "settle", "worse", "abort", "ask"],
+]
 
 
-def play_out(database: Database, name: str, steps: list[str], kills: list[int], broken: frozenset[str]) -> Play:
-    play = Play(FakeWorld(kills=kills, open=["1"], broken=broken), Journal(database, name))
+def play_out(
+    database: Database,
+    name: str,
+    steps: list[str],
+    kills: list[int],
+    broken: frozenset[str],
+    use_case: UseCase = USE_CASE,
+) -> Play:
+    world = FakeWorld(kills=kills, open=["1"], broken=broken)
+    play = Play(world, FragileJournal(database, name, world), use_case=use_case)
     for step in steps:
         STEPS[step](play)
     play.settle()
     return play
+
+
+def replayed_decisions(journal: Journal) -> list[Kind]:
+    """The kinds of all that the judge decided, each found to follow from the entries before it alone."""
+    before, kinds = Situation(), []
+    for entry in journal.read():
+        if "threshold" in entry.payload:
+            again = judge(before.policy, before.state, before.evidence, entry.at_us)
+            assert DECIDED[again.action] == entry.kind
+            said = {**asdict(again), "log_e": finite(again.log_e)}
+            for name in ("reason", "guardrail", "log_e", "threshold"):
+                assert entry.payload[name] == said[name]
+            kinds.append(Kind(entry.kind))
+        before = before.after(entry)
+    kept = journal.situation()
+    assert (kept.state, kept.sequence) == (before.state, before.sequence)
+    return kinds
+
+
+def ends_alike(killed: Play, whole: Play) -> None:
+    """Both plays came to the same state, evidence and world, by the same events and decisions."""
+    assert killed.controller.state == whole.controller.state
+    assert killed.controller.situation.evidence == whole.controller.situation.evidence
+    for part in ("applications", "open", "closed", "alerts"):
+        assert getattr(killed.world, part) == getattr(whole.world, part), part
+    left, right = killed.world.routed, whole.world.routed
+    assert left is not None
+    assert right is not None
+    assert left.model_dump(exclude={"epoch"}) == right.model_dump(exclude={"epoch"})
+    kinds = [[e.kind for e in play.journal.read()] for play in (killed, whole)]
+    assert kinds[0] == kinds[1]
+    assert replayed_decisions(killed.journal) == replayed_decisions(whole.journal)
 
 
 names = itertools.count()
@@ -230,25 +315,24 @@ def database(tmp_path_factory) -> Database:
 
 
 @given(
-    steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=14) | st.just(USUAL) | st.just(USUAL * 2),
-    gaps=st.lists(st.integers(1, 6), max_size=12),
+    steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=14) | st.sampled_from([USUAL, USUAL * 2, APPROVED]),
+    gaps=st.lists(st.integers(1, 9), max_size=16),
     broken=st.sampled_from([frozenset(), frozenset({"2"})]),
+    use_case=st.sampled_from([USE_CASE, CAUTIOUS]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_killed_controller_ends_where_it_would_have_ended(database, steps, gaps, broken):
+def test_a_killed_controller_ends_where_it_would_have_ended(database, steps, gaps, broken, use_case):
     kills = list(itertools.accumulate(gaps))
-    whole = play_out(database, f"whole{next(names)}", ["settle", *steps], [], broken)
-    killed = play_out(database, f"killed{next(names)}", ["settle", *steps], kills, broken)
-    assert killed.controller.state == whole.controller.state
-    assert killed.controller.situation.evidence == whole.controller.situation.evidence
-    for part in ("applications", "open", "closed", "alerts"):
-        assert getattr(killed.world, part) == getattr(whole.world, part), part
-    left, right = killed.world.routed, whole.world.routed
-    assert left is not None
-    assert right is not None
-    assert left.model_dump(exclude={"epoch"}) == right.model_dump(exclude={"epoch"})
-    kinds = [[e.kind for e in play.journal.read()] for play in (killed, whole)]
-    assert kinds[0] == kinds[1]
+    whole = play_out(database, f"whole{next(names)}", ["settle", *steps], [], broken, use_case)
+    killed = play_out(database, f"killed{next(names)}", ["settle", *steps], kills, broken, use_case)
+    ends_alike(killed, whole)
+
+
+@pytest.mark.parametrize("steps", STORIES)
+def test_a_kill_at_any_one_point_of_a_story_changes_nothing(database, steps):
+    whole = play_out(database, f"whole{next(names)}", steps, [], frozenset(), CAUTIOUS)
+    for point in range(1, whole.world.changes + 1):
+        ends_alike(play_out(database, f"killed{next(names)}", steps, [point], frozenset(), CAUTIOUS), whole)
 
 
 def test_the_usual_way_ends_in_a_promotion_and_keeps_the_old_champion_warm(database):
@@ -273,18 +357,17 @@ def test_a_challenger_that_does_not_start_leaves_the_champion_alone(database):
 
 def test_the_journal_replays_to_the_identical_decision(database):
     play = play_out(database, "decision", ["settle", *USUAL[:6], "ask", "settle", "errors", "settle"], [], frozenset())
-    entries = play.journal.read()
-    decisions = [e for e in entries if e.kind in (Kind.ADVANCED, Kind.ROLLED_BACK)]
-    assert [e.kind for e in decisions] == [Kind.ADVANCED, Kind.ROLLED_BACK]
-    for decision in decisions:
-        before = replay(entries[: decision.sequence - 1])
-        again = judge(before.policy, before.state, before.evidence, decision.at_us)
-        assert again.reason == decision.payload["reason"]
-        assert again.guardrail == decision.payload["guardrail"]
-        assert again.threshold == decision.payload["threshold"]
-    whole, kept = replay(entries), play.journal.situation()
+    assert replayed_decisions(play.journal) == [Kind.ADVANCED, Kind.ROLLED_BACK]
+    whole, kept = replay(play.journal.read()), play.journal.situation()
     assert whole == play.controller.situation
     assert (kept.state, kept.sequence) == (whole.state, whole.sequence)
+
+
+def test_a_version_that_needs_approval_is_promoted_only_with_it(database):
+    waiting = play_out(database, "waiting", ["settle", *USUAL], [], frozenset(), CAUTIOUS)
+    assert waiting.controller.state.phase is Phase.CANARY
+    approved = play_out(database, "approved", ["settle", *APPROVED], [], frozenset(), CAUTIOUS)
+    assert approved.controller.state.champion == "2"
 
 
 def test_a_report_sent_twice_counts_once_and_a_lost_one_is_noticed(database):
