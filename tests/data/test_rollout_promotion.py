@@ -1,4 +1,7 @@
-"""A promotion waits for every gateway, and a rollout whose policy this code does not know ends without an error."""
+"""A promotion and a withdrawal wait for every gateway, and nothing is waited for without end.
+
+A rollout whose policy this code does not know ends without an error.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Any
 import pytest
 
 from cluster.database import Database
-from serving.rollout.controller import PROMOTE_TIMEOUT_S, Controller
+from serving.rollout.controller import APPLY_TIMEOUT_S, PROMOTE_TIMEOUT_S, START_TIMEOUT_S, Controller
 from serving.rollout.journal import Journal
 from serving.rollout.machine import Kind, Phase
 from serving.rollout.projections import describe
-from tests.data.test_rollout_kill import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Play
+from tests.data.test_rollout_kill import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Loading, Play
 
 ONE, TWO = "here:1:aa", "there:2:bb"
 
@@ -26,6 +29,9 @@ class TwoGateways(FakeWorld):
 
     def gateways(self) -> list[str]:
         return self.live
+
+    def withdraw(self, version: str) -> None:
+        self.applications.discard(version)
 
 
 @dataclass
@@ -109,6 +115,66 @@ def test_a_gateway_that_refuses_or_is_silent_ends_the_promotion_and_the_champion
     assert promoting.world.routed is not None
     assert (promoting.world.routed.champion, promoting.world.routed.prepare) == ("1", None)
     assert promoting.controller.state.phase is Phase.WITHDRAWING
+
+
+def test_a_challenger_is_taken_down_only_when_both_gateways_follow_a_table_without_it(promoting):
+    promoting.controller.command("abort", "somebody", "")
+    promoting.controller.turn()
+    assert promoting.world.routed.challenger is None
+    assert promoting.world.applications == {"2"}
+    promoting.time = 3.0
+    promoting.says(ONE, ["1"])
+    assert promoting.world.applications == {"2"}
+    promoting.time = 4.0
+    promoting.says(TWO, ["1"])
+    assert promoting.world.applications == set()
+    promoting.controller.turn()
+    assert promoting.last(Kind.WITHDRAWN)["zero_weight_s"] == 4.0
+
+
+def test_a_gateway_that_follows_an_older_table_is_waited_for(promoting):
+    before = promoting.world.routed.epoch
+    promoting.controller.command("abort", "somebody", "")
+    promoting.controller.turn()
+    promoting.says(ONE, ["1"])
+    promoting.controller.exchange(TWO, before, ["1"], {}, None, 0.0)
+    promoting.controller.turn()
+    assert promoting.world.applications == {"2"}
+
+
+def test_a_silent_gateway_keeps_a_challenger_up_for_its_time_and_no_longer(promoting):
+    promoting.controller.command("abort", "somebody", "")
+    promoting.controller.turn()
+    promoting.says(ONE, ["1"])
+    promoting.time = APPLY_TIMEOUT_S
+    promoting.controller.turn()
+    assert promoting.world.applications == {"2"}
+    promoting.time = APPLY_TIMEOUT_S + 0.1
+    promoting.controller.turn()
+    assert promoting.world.applications == set()
+    promoting.controller.turn()
+    assert promoting.controller.state.phase is Phase.IDLE
+
+
+def test_a_challenger_that_is_not_running_in_time_ends_its_rollout(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    database.create()
+    world, time = Loading(open=["1"]), [0.0]
+    play = Play(world, Journal(database, "aqua"))
+    play.controller = Controller(USE_CASE, play.journal, world, play.clock, real=lambda: time[0], draw=lambda: "s")
+    play.settle()
+    world.open = ["2"]
+    time[0] = 1000.0
+    play.settle()
+    assert play.controller.state.phase is Phase.STARTING
+    time[0] = 1000.0 + START_TIMEOUT_S
+    play.controller.turn()
+    assert play.controller.state.phase is Phase.STARTING
+    time[0] += 1
+    play.controller.turn()
+    (failed,) = (e.payload for e in play.journal.read() if e.kind == Kind.FAILED)
+    assert failed == {"reason": "it did not start within 180 s: it is being loaded"}
+    assert play.controller.state.outcome == "rolled_back"
 
 
 def test_a_policy_that_this_code_does_not_know_ends_the_rollout_and_can_still_be_described(tmp_path):
