@@ -333,10 +333,11 @@ class Trial:
         return _Got(reply if value.shape == lower.shape == upper.shape == (rows.count,) else None)
 
     def _valid(self, found: Prediction) -> np.ndarray:
-        """bool [n]: answers that the output's contract allows."""
+        """bool [n]: answers that the output's contract allows, inside an interval with two ends."""
         with np.errstate(invalid="ignore"):
             ordered = (found.lower <= found.value) & (found.value <= found.upper)
-            allowed: np.ndarray = ordered & (found.value >= self._low) & (found.value <= self._high)
+            ended = np.isfinite(found.lower) & np.isfinite(found.upper)
+            allowed: np.ndarray = ordered & ended & (found.value >= self._low) & (found.value <= self._high)
         return allowed
 
 

@@ -70,6 +70,26 @@ async def inverted(rows):
     return Reply(found.value, found.upper, found.lower, found.seconds)
 
 
+async def below_its_interval(rows):
+    found = reply(rows.columns)
+    return Reply(found.value, found.value + 0.5, found.upper, found.seconds)
+
+
+async def above_its_interval(rows):
+    found = reply(rows.columns)
+    return Reply(found.value, found.lower, found.value - 0.5, found.seconds)
+
+
+async def without_a_lower_end(rows):
+    found = reply(rows.columns)
+    return Reply(found.value, np.full_like(found.value, -np.inf), found.upper, found.seconds)
+
+
+async def without_an_upper_end(rows):
+    found = reply(rows.columns)
+    return Reply(found.value, found.lower, np.full_like(found.value, np.inf), found.seconds)
+
+
 async def another_shape(rows):
     found = reply(rows.columns)
     return Reply(found.value[:-1], found.lower, found.upper, found.seconds)
@@ -109,7 +129,10 @@ def request(one: Trial, count: int, key: str = KEY) -> Any:
     return assigned, asyncio.run(one.choose(asked(count), assigned, weight))
 
 
-@pytest.mark.parametrize("ask", [errs, hangs, nan, outside, inverted, another_shape, no_reply, text])
+ODD_INTERVALS = (inverted, below_its_interval, above_its_interval, without_a_lower_end, without_an_upper_end)
+
+
+@pytest.mark.parametrize("ask", [errs, hangs, nan, outside, *ODD_INTERVALS, another_shape, no_reply, text])
 def test_the_champion_answers_whatever_a_challenger_fails_at(ask):
     one, tally = trial(ask)
     assigned, chosen = request(one, 20)
@@ -246,6 +269,26 @@ def test_copies_have_no_effect_on_callers_and_are_compared():
         report = tally.report()
         assert report is not None
         assert (report.copies, report.disagreed, report.harmed, report.served) == (1, disagreed, 0, 0)
+
+
+@pytest.mark.parametrize("ask", [errs, nan, slow])
+def test_copies_beside_a_canary_are_no_evidence_of_errors_or_slow_calls(ask):
+    """There the assigned requests are the evidence; a copy counted too would count one version's events twice."""
+    one, tally = trial(ask, weight=0.5)
+    nothing = Prediction(*(np.full(1, np.nan) for _ in range(3)))
+
+    async def run():
+        for number in range(60):
+            given = {"champion": nothing} if number % 2 else {"champion_s": 10 * SLOW_S}
+            one.copy(asked(1, key=f"k{number}", **given), lambda *_: None)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+    report = tally.report()
+    assert report is not None
+    assert report.copies == 60
+    assert (report.errors, report.slow, report.exposed, report.harmed) == ({}, {}, {}, 0)
 
 
 def test_in_shadow_a_coin_says_whose_answer_counts_and_both_fail_alike():
