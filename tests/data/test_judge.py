@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,6 +14,7 @@ from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Evidence, Report
 from serving.rollout.judge import Action, judge
 from serving.rollout.machine import Phase, State
+from tests.data.test_sequential import direct_bernoulli, direct_mean_below, direct_rate, direct_ratio
 
 HOUR = 3_600_000_000
 POLICY = ReleasePolicy(
@@ -66,8 +68,58 @@ def test_no_guardrail_trips_on_an_identical_version(evidence):
     assert judge(POLICY, CANARY, evidence, LATER).action in (Action.ADVANCE, Action.HOLD)
 
 
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        replace(HEALTHY, errors={0.5: (1250, 1000)}),
+        replace(HEALTHY, slow={0.5: (1250, 1000)}),
+        replace(HEALTHY, slow={0.1: (125, 900), 0.5: (125, 100)}),
+        replace(HEALTHY, copies=5000, disagreed=500),
+        *(replace(HEALTHY, days=days(*[difference] * 365)) for difference in (0.005, 0.015, 0.0199)),
+    ],
+)
+def test_what_the_page_puts_up_with_is_not_held_against_a_version_however_long_it_goes_on(evidence):
+    assert (POLICY.tolerance, POLICY.disagreement, POLICY.labels.margin) == (0.25, 0.1, 0.02)
+    for state in (SHADOW, CANARY, LAST, replace(LAST, phase=Phase.PROMOTING)):
+        verdict = judge(POLICY, state, evidence, LATER)
+        assert verdict.action not in (Action.ROLL_BACK, Action.PAUSE)
+        assert verdict.guardrail is None
+
+
+def events(weight: float, challenger: int, champion: int) -> list[tuple[float, bool]]:
+    return [(weight, True)] * challenger + [(weight, False)] * champion
+
+
+MARGIN, CLIP = 0.02, 0.08
+REACHED = {
+    "errors": (lambda n: replace(HEALTHY, errors={0.1: (n, 3)}), lambda n: direct_rate(events(0.1, n, 3), 0.25)),
+    "latency": (lambda n: replace(HEALTHY, slow={0.5: (n, 2)}), lambda n: direct_rate(events(0.5, n, 2), 0.25)),
+    "disagreement": (lambda n: replace(HEALTHY, disagreed=n), lambda n: direct_bernoulli(n, 150, 0.1)),
+    "quality": (
+        lambda n: replace(HEALTHY, days=days(*[0.05] * n)),
+        lambda n: direct_mean_below([-0.05 / CLIP] * n, -MARGIN / CLIP),
+    ),
+    "sample_ratio": (
+        lambda n: replace(HEALTHY, ratio={0.5: (n, 2)}),
+        lambda n: direct_ratio(events(0.5, n, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("guardrail", REACHED)
+def test_a_guardrail_acts_where_its_share_of_alpha_says_and_not_before(guardrail):
+    """``alpha`` is split equally over five guardrails; the evidence is written out in ``test_sequential``."""
+    evidence, log_e = REACHED[guardrail]
+    first = next(n for n in range(2, 200) if log_e(n) >= math.log(5 / 0.01))
+    before, at = (judge(POLICY, CANARY, evidence(n), LATER) for n in (first - 1, first))
+    assert before.guardrail is None
+    assert before.log_e[guardrail] == pytest.approx(log_e(first - 1))
+    assert at.guardrail == guardrail
+    assert at.action is (Action.PAUSE if guardrail == "sample_ratio" else Action.ROLL_BACK)
+
+
 def test_an_identical_version_is_not_withdrawn_in_simulated_traffic():
-    """A thousand rollouts of noise that both versions share; each guardrail looks after every report."""
+    """300 rollouts of noise that both versions share; each guardrail looks after every report, and after every day."""
     rng = np.random.default_rng(5)
     withdrawn = 0
     for _ in range(300):
@@ -81,9 +133,11 @@ def test_an_identical_version_is_not_withdrawn_in_simulated_traffic():
             evidence = evidence.with_report(
                 Report(
                     gateway="g", sequence=number, rollout=1, exposed=pair[0], errors=pair[1], slow=pair[2],
-                    copies=100, disagreed=int(rng.binomial(100, 0.08)),
+                    copies=100, disagreed=int(rng.binomial(100, 0.08)), harmed=(harmed := int(rng.binomial(20, 0.01))),
+                    accidents=harmed,
                 )
             )  # fmt: skip
+            evidence = evidence.with_labels((PairedDay(number, 240, float(rng.normal(0, 0.04))),))
             verdict = judge(POLICY, CANARY, evidence, 0)
             if verdict.action in (Action.ROLL_BACK, Action.PAUSE):
                 withdrawn += 1

@@ -40,6 +40,37 @@ def direct_rate(events: list[tuple[float, bool]], tolerance: float) -> float:
     return math.log(mean.numerator) - math.log(mean.denominator)
 
 
+def direct_ratio(events: list[tuple[float, bool]]) -> float:
+    """The mixture over odds that are r and 1/r times those declared, event by event in exact fractions."""
+    raised = [Fraction(1.02 * (10.0 / 1.02) ** (k / (GRID - 1))) for k in range(GRID)]
+    total = Fraction(0)
+    for ratio in [*raised, *(1 / r for r in raised)]:
+        product = Fraction(1)
+        for weight, challenger in events:
+            w = Fraction(weight)
+            odds = ratio * w / (1 - w)
+            product *= odds / (1 + odds) / w if challenger else 1 / (1 + odds) / (1 - w)
+        total += product
+    mean = total / (2 * GRID)
+    return math.log(mean.numerator) - math.log(mean.denominator)
+
+
+def direct_bernoulli(successes: int, trials: int, rate: float) -> float:
+    """The mixture over odds of up to a hundred times those declared."""
+    odds = [rate / (1 - rate) * 1.1 * (100 / 1.1) ** (k / (GRID - 1)) for k in range(GRID)]
+    terms = [(o / (1 + o) / rate) ** successes * (1 / (1 + o) / (1 - rate)) ** (trials - successes) for o in odds]
+    return math.log(math.fsum(terms) / GRID)
+
+
+def direct_mean_below(values: list[float], bound: float) -> float:
+    """The mean of the fortunes that bet each share of the grid on every value."""
+    fortunes = []
+    for k in range(GRID):
+        bet = 0.04 + k * (0.95 - 0.04) / (GRID - 1)
+        fortunes.append(math.prod(1 + bet * (bound - x) / (1 - bound) for x in values))
+    return math.log(math.fsum(fortunes) / GRID)
+
+
 def counts(events: list[tuple[float, bool]]) -> dict[float, tuple[int, int]]:
     found: dict[float, tuple[int, int]] = {}
     for weight, challenger in events:
@@ -79,21 +110,25 @@ def test_the_other_kernels_expect_no_growth_under_their_nulls_either(rate):
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(-0.9, 0.9))
 @settings(deadline=None)
 def test_the_mean_kernel_equals_the_fortunes_written_out(values, bound):
-    fortunes = []
-    for k in range(GRID):
-        bet = 0.04 + k * (0.95 - 0.04) / (GRID - 1)
-        fortune = 1.0
-        for x in values:
-            fortune *= 1 + bet * (bound - x) / (1 - bound)
-        fortunes.append(fortune)
-    assert mean_below_log_e(values, bound) == pytest.approx(math.log(sum(fortunes) / GRID), abs=1e-9)
+    assert mean_below_log_e(values, bound) == pytest.approx(direct_mean_below(values, bound), abs=1e-9)
     assert mean_above_log_e([-x for x in values], -bound) == pytest.approx(mean_below_log_e(values, bound))
 
 
 def test_bernoulli_equals_the_mixture_written_out():
-    odds = [0.1 / 0.9 * 1.1 * (100 / 1.1) ** (k / (GRID - 1)) for k in range(GRID)]
-    mixture = [(o / (1 + o) / 0.1) ** 7 * (1 / (1 + o) / 0.9) ** 23 for o in odds]
-    assert bernoulli_log_e(7, 30, 0.1) == pytest.approx(math.log(sum(mixture) / GRID))
+    assert bernoulli_log_e(7, 30, 0.1) == pytest.approx(direct_bernoulli(7, 30, 0.1))
+
+
+@given(assignments)
+@settings(max_examples=60, deadline=None)
+def test_the_sample_ratio_equals_the_mixture_written_out(events):
+    assert sample_ratio_log_e(counts(events)) == pytest.approx(direct_ratio(events), rel=1e-9, abs=1e-9)
+
+
+def test_a_sample_ratio_tells_in_both_directions():
+    for weight, many, few in ((0.1, (220, 1000), (40, 1000)), (0.5, (300, 200), (200, 300))):
+        fits = (round(1000 * weight), round(1000 * (1 - weight)))
+        assert sample_ratio_log_e({weight: fits}) < 0
+        assert min(sample_ratio_log_e({weight: odd}) for odd in (many, few)) > THRESHOLD
 
 
 def runs(rng: np.random.Generator, count: int, events: int, p: float, weight: float, look) -> int:
