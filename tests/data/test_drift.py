@@ -118,6 +118,33 @@ def test_a_shift_is_measured_in_deviations_with_its_sign() -> None:
     assert only(found).usual < 1.2
 
 
+def shifted(entities: int, count: int, shift: float) -> Rows:
+    """``entities`` series of which ``count`` shift in the last week of 200 days."""
+    rows = waves(200, entities=entities)
+    late = (rows.time_us >= 193 * DAY_US) & np.isin(rows.entity, [f"s{number}" for number in range(count)])
+    return Rows(rows.time_us, rows.entity, {"x": rows.columns["x"] + np.where(late, shift, 0.0)})
+
+
+def test_one_series_of_many_must_stand_out_more_than_one_alone_and_many_together_need_not() -> None:
+    """The same shift, whose p-value is just below alpha: among twelve series such a one comes by chance."""
+
+    def found(entities: int, count: int, alpha: float) -> Drift:
+        rule = DriftRule(columns=("x",), days=7, alpha=alpha)
+        rows = shifted(entities, count, 2.0)
+        return judge_drift(rule, rows, rows, now_us=200 * DAY_US)
+
+    series = only(found(1, 1, 0.5))
+    assert abs(series.effect) >= RULE.effect
+    alpha = 1.2 * series.p_value
+    assert found(1, 1, alpha).finding == "drifted"
+    among = found(12, 1, alpha)
+    assert only(among).p_value < alpha
+    assert among.finding == "holds"
+    together = found(12, 12, alpha)
+    assert min(one.p_value for one in together.series) > alpha / 12
+    assert len(together.drifted) == 12
+
+
 def test_a_reference_that_reaches_into_the_window_does_not_hide_the_shift() -> None:
     rule = DriftRule(columns=("x",), days=7)
     moved = waves(200, shift=4.0, since=193)
