@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.clock import Clock
-from cluster.database import StaleEpoch, StaleJournal
+from cluster.database import ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines.spec import ReleasePolicy, UseCase
 from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Report
@@ -205,6 +205,8 @@ class Controller:
                 case Effect.CLOSE:
                     if state.ended is not None and state.outcome is not None:
                         self._world.close(state.ended, state.outcome, state.request)
+                    if state.refused is not None:
+                        self._world.close(state.refused, "refused", state.refused_request)
                 case Effect.TELL:
                     self._world.tell(alerts(state))
         self._made_true = state
@@ -254,10 +256,12 @@ class Controller:
         given = request.payload.get("policy")
         try:
             policy = self._use_case.release if given is None else ReleasePolicy.model_validate(given)
-        except ValidationError:
-            policy = None
-        if policy is None or request.version == state.champion:
-            self._world.close(request.version, "refused", request.sequence)
+        except ValidationError as error:
+            first = error.errors()[0]
+            self._refuse(request, f"its policy does not fit this code: {first['loc']}: {first['msg']}")
+            return
+        if request.version == state.champion:
+            self._refuse(request, "it is the champion already")
             return
         self._record(
             Kind.STARTED,
@@ -271,6 +275,12 @@ class Controller:
                 "request_sequence": request.sequence,
             },
         )
+
+    def _refuse(self, request: ReleaseRequest, reason: str) -> None:
+        """Journals it; the state has it closed, and until that is done no request is looked at."""
+        payload = {"version": request.version, "reason": reason, "request_sequence": request.sequence}
+        self._record(Kind.REFUSED, payload)
+        self._made_true = None  # also when it was refused before under the same number
 
     def _due(self, every_s: float) -> bool:
         """True once in that time, and at once after the state has changed."""

@@ -28,6 +28,7 @@ class Kind(StrEnum):
     """What can happen. The journal holds events under these names."""
 
     ADOPTED = "champion_adopted"
+    REFUSED = "request_refused"
     STARTED = "rollout_started"
     READY = "challenger_ready"
     FAILED = "challenger_failed"
@@ -59,7 +60,7 @@ class Effect(StrEnum):
 
     ROUTE = "route"  # publish the routing table of the state
     DEPLOY = "deploy"  # have the challenger's application running
-    CLOSE = "close"  # write the outcome into the release request
+    CLOSE = "close"  # write the outcome into the release request, also into one that was refused
     TELL = "tell"  # have the alerts of the state open, and no others
 
 
@@ -73,7 +74,8 @@ class State:
 
     ``rollout`` numbers a use case's rollouts from 1; ``salt`` is drawn for each, so that nobody can choose a key by the
     version it will find. ``outcome`` and ``ended`` (that version) are of the last one that ended, ``request`` is the
-    release request of the last one that began.
+    release request of the last one that began. ``refused`` is the version whose request ``refused_request`` was refused
+    since then, the last one if there were several.
     """
 
     phase: Phase = Phase.EMPTY
@@ -89,6 +91,8 @@ class State:
     request: int | None = None
     outcome: Outcome | None = None
     ended: str | None = None
+    refused: str | None = None
+    refused_request: int | None = None
 
     @property
     def weight(self) -> float:
@@ -114,6 +118,10 @@ def _adopted(state: State, event: Payload) -> State:
     return replace(state, phase=Phase.IDLE, champion=version, request=request, outcome=Outcome.PROMOTED, ended=version)
 
 
+def _refused(state: State, event: Payload) -> State:
+    return replace(state, refused=event["version"], refused_request=event["request_sequence"])
+
+
 def _started(state: State, event: Payload) -> State:
     return replace(
         state,
@@ -128,6 +136,8 @@ def _started(state: State, event: Payload) -> State:
         request=event.get("request_sequence"),
         outcome=None,
         ended=None,
+        refused=None,
+        refused_request=None,
     )
 
 
@@ -198,7 +208,7 @@ _TRIED = {
 
 TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
     Phase.EMPTY: {Kind.ADOPTED: _adopted},
-    Phase.IDLE: {Kind.STARTED: _started},
+    Phase.IDLE: {Kind.STARTED: _started, Kind.REFUSED: _refused},
     Phase.STARTING: {**_STOPPED, Kind.READY: _ready},
     Phase.SHADOW: {**_TRIED, Kind.ADVANCED: _advanced},
     Phase.CANARY: {**_TRIED, Kind.ADVANCED: _advanced, Kind.PROMOTION_BEGUN: _promotion_begun},
@@ -241,7 +251,7 @@ def snapshot(state: State) -> dict[str, Any]:
     """An idle state as the payload from which ``restored`` makes it again."""
     if state.phase is not Phase.IDLE:
         raise ValueError(f"only an idle state is kept whole, not one that is {state.phase}")
-    kept = ("champion", "previous", "rollout", "salt", "request", "outcome", "ended")
+    kept = ("champion", "previous", "rollout", "salt", "request", "outcome", "ended", "refused", "refused_request")
     return {name: getattr(state, name) for name in kept}
 
 

@@ -49,6 +49,7 @@ class FakeWorld:
     applications: set[str] = field(default_factory=set)
     broken: frozenset[str] = frozenset()
     open: list[str] = field(default_factory=list)
+    odd: set[str] = field(default_factory=set)  # versions asked for with a policy that is none
     closed: dict[str, str] = field(default_factory=dict)
     alerts: dict[str, str] = field(default_factory=dict)
     followed: dict[str, int] = field(default_factory=dict)
@@ -111,7 +112,10 @@ class FakeWorld:
             self.alerts = alerts
 
     def next_request(self) -> ReleaseRequest | None:
-        return ReleaseRequest("aqua", self.open[0], {"gates": []}, 0, int(self.open[0])) if self.open else None
+        if not self.open:
+            return None
+        payload = {"policy": {"mood": "bad"}} if self.open[0] in self.odd else {"gates": []}
+        return ReleaseRequest("aqua", self.open[0], payload, 0, int(self.open[0]))
 
     def gateways(self) -> list[str]:
         return [GATEWAY]
@@ -216,6 +220,12 @@ class Play:
         rollout = self.controller.state.rollout
         self._survive(lambda: self.controller.take_labels(rollout, days))
 
+    def ask(self, odd: bool = False) -> None:
+        version = str(1 + len(self.world.open) + len(self.world.closed))
+        self.world.open.append(version)
+        if odd:
+            self.world.odd.add(version)
+
     def command(self, name: str) -> None:
         self.said += 1
         reason = f"because {self.said}"
@@ -241,7 +251,8 @@ STEPS = {
     "resume": lambda play: play.command("resume"),
     "approve": lambda play: play.command("approve"),
     "abort": lambda play: play.command("abort"),
-    "ask": lambda play: play.world.open.append(str(1 + len(play.world.open) + len(play.world.closed))),
+    "ask": lambda play: play.ask(),
+    "ask oddly": lambda play: play.ask(odd=True),
     "settle": lambda play: play.settle(),
 }
 USUAL = ["ask", "settle", "copies", "wait", "settle", "healthy", "wait", "settle", "wait", "settle", "better", "settle"]
@@ -253,6 +264,7 @@ STORIES = [
     [*SHADOWED, "harm", "abort"],
     [*SHADOWED, "copies", "wait", "settle", "errors", "pause", "ask", "settle", "pause", "resume", "approve", "abort"],
     [*SHADOWED, "copies", "wait", "settle", "worse", "abort", "ask"],
+    ["settle", "ask oddly", "ask oddly", "ask", "settle", "abort", "settle", "ask oddly"],
 ]
 
 
@@ -470,25 +482,48 @@ def test_a_controller_that_slept_does_not_bring_an_old_table_back(database):
 
 
 def test_a_waiting_request_that_cannot_be_begun_is_refused_and_the_next_one_goes_on(database):
-    class Odd(FakeWorld):
-        def next_request(self) -> ReleaseRequest | None:
-            found = super().next_request()
-            return found and replace(found, payload={"policy": {"mood": "bad"}}) if self.open == ["2", "3"] else found
-
-    play = Play(Odd(open=["1"]), Journal(database, "odd"))
-    play.settle()
-    play.world.open = ["2", "3"]
-    play.settle()
+    play = play_out(database, "odd", ["settle", "ask oddly", "ask", "settle"], [], frozenset())
     assert play.world.closed["2"] == "refused"
     assert play.controller.state.challenger == "3"
+    (refused,) = (e.payload for e in play.journal.read() if e.kind == Kind.REFUSED)
+    assert (refused["version"], refused["request_sequence"]) == ("2", 2)
+    assert "does not fit this code: ('mood',)" in refused["reason"]
 
 
-def test_a_champion_is_not_tried_against_itself(database):
+def test_a_champion_is_not_tried_against_itself_however_often_it_is_asked_for(database):
     play = play_out(database, "itself", ["settle"], [], frozenset())
-    play.world.open = ["1"]
+    for count in (1, 2):
+        play.world.open, play.world.closed["1"] = ["1"], "asked anew"
+        play.settle()
+        assert play.controller.state.phase is Phase.IDLE
+        assert (play.world.open, play.world.closed["1"]) == ([], "refused")
+        refused = [e.payload for e in play.journal.read() if e.kind == Kind.REFUSED]
+        assert refused == [{"version": "1", "reason": "it is the champion already", "request_sequence": 1}] * count
+
+
+def test_a_refused_request_is_journalled_once_and_before_it_is_closed(database):
+    class Closing(FakeWorld):
+        failures = 3
+
+        def close(self, version: str, outcome: str, request: int | None) -> None:
+            if outcome == "refused":
+                assert self.journal is not None
+                said = [e.payload["version"] for e in self.journal.read() if e.kind == Kind.REFUSED]
+                assert said == [version]
+                self.failures -= 1
+                if self.failures >= 0:
+                    raise ConnectionError("the database does not answer")
+            super().close(version, outcome, request)
+
+    play = Play(Closing(open=["1"]), Journal(database, "said"))
+    for name in ("settle", "ask oddly"):
+        STEPS[name](play)
+    for _ in range(4):
+        with contextlib.suppress(ConnectionError):
+            play.controller.turn()
+    assert play.world.open == ["2"]
     play.settle()
-    assert play.controller.state.phase is Phase.IDLE
-    assert play.world.closed["1"] == "refused"
+    assert play.world.closed["2"] == "refused"
 
 
 def test_a_champion_from_before_the_journal_stays_champion(database):

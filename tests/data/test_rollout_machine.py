@@ -27,6 +27,7 @@ PAYLOAD = {
     Kind.ADOPTED: {"version": "1"},
     Kind.STARTED: {"version": "2", "weights": [0.1, 0.5], "salt": "pepper", "request_sequence": 7},
     Kind.ADVANCED: {"step": 0},
+    Kind.REFUSED: {"version": "3", "request_sequence": 9, "reason": "odd"},
 }
 STOPS = {
     Kind.ROLLED_BACK: lambda s: withdrawing(s, Outcome.ROLLED_BACK),
@@ -44,7 +45,10 @@ TRIED = {
 }
 EXPECTED = {
     Phase.EMPTY: {Kind.ADOPTED: lambda _: IDLE},
-    Phase.IDLE: {Kind.STARTED: lambda _: STARTING},
+    Phase.IDLE: {
+        Kind.STARTED: lambda _: STARTING,
+        Kind.REFUSED: lambda s: replace(s, refused="3", refused_request=9),
+    },
     Phase.STARTING: {**STOPS, Kind.READY: lambda _: SHADOW},
     Phase.SHADOW: {**TRIED, Kind.ADVANCED: lambda _: CANARY},
     Phase.CANARY: {
@@ -100,6 +104,12 @@ def test_the_weight_is_that_of_the_step_and_nothing_before_and_after():
 def test_a_second_rollout_knows_nothing_of_the_first_but_its_number():
     again = step(step(WITHDRAWING, Kind.WITHDRAWN, {}), Kind.STARTED, {"version": "3", "weights": [0.2], "salt": "s"})
     assert again == State(Phase.STARTING, champion="1", challenger="3", rollout=2, weights=(0.2,), salt="s")
+
+
+def test_a_rollout_knows_nothing_of_a_request_refused_before_it():
+    refused = step(IDLE, Kind.REFUSED, PAYLOAD[Kind.REFUSED])
+    assert step(refused, Kind.STARTED, PAYLOAD[Kind.STARTED]) == STARTING
+    assert restored(json.loads(json.dumps(snapshot(refused)))) == refused
 
 
 def test_the_table_comes_first_and_a_challenger_is_kept_running_while_it_is_tried():
