@@ -189,7 +189,12 @@ class _Cycle:
 
     def _close(self, status: str, reason: str) -> CycleReport:
         outcome = self._trigger.outcome
+        self._still_held()
         # First, because a process killed in between comes back here, and an ended trigger is not taken up again.
+        if status == "done":
+            self._alerts.resolve(triggers.FAILED_ALERT, self._use_case.name, reason)
+        else:
+            self._alerts.open(triggers.FAILED_ALERT, self._use_case.name, reason)
         self._alerts.resolve(triggers.ALERT, self._use_case.name, reason)
         self._after("resolved")
         self._still_held()

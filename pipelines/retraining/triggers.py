@@ -20,7 +20,7 @@ from pipelines.spec import RetrainPolicy, UseCase
 from pipelines.spec.base import microseconds
 
 Kind = Literal["decay", "drift", "age", "manual"]
-ALERT = "retraining_triggered"
+ALERT, FAILED_ALERT = "retraining_triggered", "retraining_failed"
 _SHOWN = 10  # drifted series in the evidence; their number is there besides
 
 

@@ -66,6 +66,11 @@ def opened(world: World) -> int:
     return made.id
 
 
+def open_alerts(world: World) -> dict[str, str]:
+    """The open alerts of the use case: what each says."""
+    return {alert.name: alert.detail for alert in Alerts(world.database, CLOCK).open_alerts()}
+
+
 def kill_after(step: str):
     def hook(done: str) -> None:
         if done == step:
@@ -183,7 +188,32 @@ def test_a_search_without_a_single_good_trial_fails_the_trigger(world: World, mo
     assert report is not None
     assert (report.status, report.reason, report.version) == ("failed", "all 2 trials failed", None)
     assert [entry.kind for entry in world.database.journal("aqua")] == ["trigger_opened", "trigger_closed"]
-    assert Alerts(world.database, CLOCK).open_alerts() == []
+    assert open_alerts(world) == {"retraining_failed": "all 2 trials failed"}
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_an_alert_says_why_a_retraining_failed_until_one_comes_to_its_end(
+    world: World, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise SearchError("all 2 trials failed")
+
+    opened(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "_search", none)
+        with pytest.raises(Killed):
+            world.run(kill_after("resolved"))
+        report = world.run()
+    assert report is not None
+    assert report.status == "failed"
+    assert open_alerts(world) == {"retraining_failed": "all 2 trials failed"}
+    world.passes = passes
+    opened(world)
+    assert set(open_alerts(world)) == {"retraining_failed", "retraining_triggered"}
+    report = world.run()
+    assert report is not None
+    assert report.status == "done"
+    assert open_alerts(world) == {}
 
 
 def test_a_cycle_that_always_dies_is_given_up(world: World) -> None:
@@ -194,7 +224,7 @@ def test_a_cycle_that_always_dies_is_given_up(world: World) -> None:
     report = world.run()
     assert report is not None
     assert (report.status, report.version) == ("failed", None)
-    assert "3 attempts" in report.reason
+    assert open_alerts(world) == {"retraining_failed": "3 attempts came to no end"}
     assert world.made() == []
 
 
