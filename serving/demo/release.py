@@ -14,7 +14,7 @@ from cluster.settings import Settings
 from pipelines.spec import UseCase
 from pipelines.training.registry import Registry
 from serving.client import Client
-from serving.demo.replay import Replay
+from serving.demo.replay import Replay, Replayed
 from serving.demo.report import expect
 from serving.drills import Drill, register_copy
 from serving.rollout.journal import Journal
@@ -27,18 +27,31 @@ DRILLS = {
     "nan": Drill(nan=1.0),
     "identical": None,
 }
+WITHDRAWN_BY = {
+    "erring": {"errors"},
+    "slow": {"latency", "harm"},  # on a busy machine its calls are late before enough of them were slow
+    "nan": {"errors"},
+}
+"""The guardrails that may end a version of ``DRILLS``."""
 _ENDS = (Kind.PROMOTED, Kind.ROLLED_BACK, Kind.FAILED, Kind.ABORTED, Kind.INCONCLUSIVE)
 _MACHINERY_S = 120.0
+_TOGETHER_EVERY = 4
+"""In a canary, after so many moments, all instances of one are asked for in one request too."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of one rollout."""
+    """What became of one rollout. ``batches`` are requests of several instances that were sent during the canary,
+    ``shared`` those of them that both versions answered.
+    """
 
     version: str
     outcome: str
     guardrail: str | None
     challenger_requests: int
+    copies: int
+    batches: int
+    shared: int
     days: int
     harmed: int
     failed: int
@@ -52,6 +65,7 @@ class Tried:
         return {
             f"{name}_outcome": self.outcome if self.guardrail is None else f"{self.outcome}:{self.guardrail}",
             f"{name}_challenger_requests": self.challenger_requests,
+            f"{name}_shared_batches": self.shared,
             f"{name}_zero_weight_s": self.zero_weight_s,
             f"{name}_harmed": self.harmed,
             f"{name}_failed": self.failed,
@@ -86,6 +100,7 @@ class Releases:
         While the challenger starts or leaves, time stands still and callers go on asking.
         """
         done, began, moments, aborted = self._replay.begin(), time.perf_counter(), 0, False
+        together: list[frozenset[str]] = []
         self._replay.alone = True
         waited = time.monotonic()
         while True:
@@ -100,19 +115,31 @@ class Releases:
                     continue
                 self._replay.moment()
                 moments += 1
+                if status.phase == "canary" and moments % _TOGETHER_EVERY == 0:
+                    together.append(self._replay.ask_together())
                 waited = time.monotonic()
             else:
                 expect(time.monotonic() - waited < _MACHINERY_S, f"the release stands still: {status}")
                 self._replay.ask_again()
         seconds = time.perf_counter() - began
         self._replay.alone = False
-        return self._tried(version, done.failed, done.invalid, seconds)
+        tried = self._tried(version, done, together, seconds)
+        expect(done.failed == done.invalid == 0, f"{done.failed} requests failed, {done.invalid} answers were invalid")
+        expect(tried.copies > 0, f"version {version} got no copies")
+        cap = self._use_case.release.harm_cap
+        expect(tried.harmed <= cap, f"{tried.harmed} answers of version {version} were harmed; the cap is {cap}")
+        return tried
 
     def last_step_is_complete(self, status: RolloutStatus) -> bool:
         """Whether the challenger has gone through every stage and only its outcomes are awaited."""
         return status.step == len(self._use_case.release.steps) - 1 and "days with matured" in (status.reason or "")
 
-    def _tried(self, version: str, failed: int, invalid: int, seconds: float) -> Tried:
+    def started(self, version: str) -> dict[str, Any]:
+        """What the journal says about the beginning of the last rollout of a version."""
+        entries = [e for e in self._journal.read() if e.kind == Kind.STARTED and e.payload["version"] == version]
+        return entries[-1].payload
+
+    def _tried(self, version: str, done: Replayed, together: list[frozenset[str]], seconds: float) -> Tried:
         entries = self._journal.read()
         started = max(i for i, e in enumerate(entries) if e.kind == Kind.STARTED and e.payload["version"] == version)
         mine = entries[started:]
@@ -127,10 +154,13 @@ class Releases:
             outcome=ended.kind,
             guardrail=ended.payload.get("guardrail"),
             challenger_requests=decided.get("challenger_requests", situation.challenger_requests),
+            copies=situation.copies,
+            batches=len(together),
+            shared=sum(len(versions) > 1 for versions in together),
             days=situation.days,
             harmed=situation.harmed,
-            failed=failed,
-            invalid=invalid,
+            failed=done.failed,
+            invalid=done.invalid,
             zero_weight_s=withdrawn.payload["zero_weight_s"],
             seconds=seconds,
             ended=ended,

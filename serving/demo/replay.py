@@ -114,6 +114,11 @@ class Replay:
         if self._next:
             self._predict(self._order[self._next - 1], remember=False)
 
+    def ask_together(self) -> frozenset[str]:
+        """The last moment's instances once more in one request; the versions that answered it."""
+        instances = self._instances(self._order[self._next - 1] + self._horizon)
+        return frozenset(answer.model_version for answer in self._count(*self._ask(instances)))
+
     def entities(self) -> list[str]:
         """The entities that were asked for so far, ascending."""
         return sorted(self._last)
@@ -157,12 +162,16 @@ class Replay:
             for row in rows
         ]
 
+    def _instances(self, moment: int) -> list[dict[str, Any]]:
+        """What callers ask about a moment."""
+        names = (self.use_case.contract.entity, *self.use_case.view.inputs)
+        return [{name: row[name] for name in names} for row in self._rows(moment)]
+
     def _predict(self, now: int, *, remember: bool = True) -> None:
         wanted = self._rows(now + self._horizon)
         if not wanted:
             return
-        names = (self.use_case.contract.entity, *self.use_case.view.inputs)
-        instances = [{name: row[name] for name in names} for row in wanted]
+        instances = self._instances(now + self._horizon)
         actual = [row[self.use_case.model.target.field] for row in wanted]
         asked = (
             [([i], [actual[k]]) for k, i in enumerate(instances)] * self.asks if self.alone else [(instances, actual)]

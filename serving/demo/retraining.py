@@ -45,11 +45,16 @@ def retrain_on_drift(
     cycle: CycleReport = known(report.cycle, f"retraining was not triggered: {report.message}")
     say(f"    {report.message}; {cycle.reason}")
     expect(cycle.requested and cycle.version is not None, f"no release was asked for: {cycle.reason}")
-    told = [entry.kind for entry in database.journal(use_case.name, after=before)]
+    entries = database.journal(use_case.name, after=before)
+    told = [entry.kind for entry in entries]
     expect(told == _STEPS, f"the journal holds {told}, not {_STEPS}")
+    opened = entries[0].payload["evidence"]
+    named = [one["entity"] for one in opened.get("largest", [])]
+    expect(district in named, f"demand grew in {district}, and the trigger's evidence names {named}")
     expect(not any(a.name == ALERT for a in alerts.open_alerts()), f"the alert {ALERT} is still open")
     done = releases.drive(str(cycle.version), most=replay.left)
-    expect(done.failed == done.invalid == 0, f"{done.failed} requests failed, {done.invalid} answers were invalid")
+    asked_by = releases.started(str(cycle.version))["request"].get("trigger")
+    expect(asked_by == cycle.trigger, f"the rollout was asked for by trigger {asked_by}, not {cycle.trigger}")
     expect(done.outcome == Kind.PROMOTED, f"the retrained version ended as {done.outcome}: {done.ended.payload}")
     trials = (cycle.search or {}).get("trials", [])
     return {

@@ -37,7 +37,9 @@ def sensor_offline(use_case: UseCase, replay: Replay, alerts: Alerts, say: Calla
 
     rungs = {name: [a for a in silent if _rung(a) == name] for name in _RUNGS}
     expect(all(a.value is not None for a in silent), "an answer was refused although a normal was known")
-    expect(all(rungs[name] for name in ("held", "normal")), f"not every rung was reached: {_counts(rungs)}")
+    expect(all(rungs.values()), f"not every rung was reached: {_counts(rungs)}")
+    order = [list(_RUNGS).index(_rung(answer)) for answer in silent]
+    expect(order == sorted(order), f"the ladder was not gone down rung by rung: {[_rung(a) for a in silent]}")
     usual = _width(before)
     widened = {name: _width(rungs[name]) / usual for name in ("held", "normal")}
     expect(min(widened.values()) > 1, f"intervals were not widened: {widened}")

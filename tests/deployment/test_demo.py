@@ -56,7 +56,7 @@ def test_bad_versions_are_withdrawn_by_their_evidence_and_a_better_one_is_promot
     figures = demo.steps["release"]["figures"]
     outcomes = {name: figures[f"{name}_outcome"] for name in ("erring", "slow", "nan", "identical", "better")}
     slow = outcomes.pop("slow")  # on a busy machine its calls may be late before enough of them were slow
-    assert slow in ("rolled_back:latency", "rolled_back:errors", "rolled_back:harm")
+    assert slow in ("rolled_back:latency", "rolled_back:harm")
     assert outcomes == {
         "erring": "rolled_back:errors",
         "nan": "rolled_back:errors",
@@ -65,13 +65,15 @@ def test_bad_versions_are_withdrawn_by_their_evidence_and_a_better_one_is_promot
     }
     for name in (*outcomes, "slow"):
         assert figures[f"{name}_failed"] == 0
-        assert figures[f"{name}_harmed"] <= 30
+        assert figures[f"{name}_harmed"] <= 25
         assert figures[f"{name}_zero_weight_s"] < 5
     assert figures["better_days"] >= 7
+    assert min(figures[f"{name}_shared_batches"] for name in ("identical", "better")) > 0
 
 
 def test_a_silent_sensor_goes_down_the_ladder_with_wider_intervals_and_an_alert(demo):
     figures = demo.steps["sensor"]["figures"]
+    assert figures["answers_fresh"] > 0
     assert figures["answers_held"] > 0
     assert figures["answers_normal"] > 0
     assert min(figures["interval_held_over_fresh"], figures["interval_normal_over_fresh"]) > 1
