@@ -67,7 +67,7 @@ class EventIntake:
             else:
                 identity = event_id(self._contract, record)
                 results.append({"status": "accepted", "event_id": identity})
-                accepted.append(Record(identity.encode(), encode_event(self._contract, record)))
+                accepted.append(Record(identity.encode(), encode_event(self._contract, record, identity)))
                 places.append(position)
         waiting = []
         try:

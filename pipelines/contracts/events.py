@@ -144,12 +144,13 @@ def buckets_of(entities: pa.Array | pa.ChunkedArray, buckets: int) -> pa.Array:
     return pa.array(known[encoded.indices.to_numpy(zero_copy_only=False)] if len(known) else known, pa.int32())
 
 
-def encode_event(contract: Contract, record: Mapping[str, Any]) -> bytes:
+def encode_event(contract: Contract, record: Mapping[str, Any], identity: str | None = None) -> bytes:
     """The log's form of one accepted event: a JSON array of the event id and the fields in contract order.
 
-    Timestamps are microseconds since the epoch. The contract's version is kept by the log's stream name.
+    Timestamps are microseconds since the epoch. The contract's version is kept by the log's stream name. ``identity``
+    is the event's id where the caller knows it already.
     """
-    values: list[Any] = [event_id(contract, record)]
+    values: list[Any] = [event_id(contract, record) if identity is None else identity]
     for field in contract.fields:
         value = record.get(field.name)
         values.append(to_microseconds(value) if isinstance(value, datetime) else value)
