@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -140,6 +141,39 @@ def test_promotions_and_rollbacks_under_load_fail_no_request(demo, client, load)
     assert replicas(demo, "aqua-challenger") == []
 
 
+def commanded(demo, version: str) -> list[tuple[str, str, str]]:
+    """What people did to the rollout of a version, as the journal tells it: what, who and why."""
+    entries = Journal(Database(demo.settings.database_url), "aqua").read()
+    begun = max(i for i, e in enumerate(entries) if e.kind == Kind.STARTED and e.payload["version"] == version)
+    started = entries[begun].payload["request"]
+    return [
+        (Kind.STARTED, started["requested_by"], started["reason"]),
+        *((e.kind, e.payload["by"], e.payload["reason"]) for e in entries[begun:] if "by" in e.payload),
+    ]
+
+
+@pytest.mark.timeout(240)
+def test_a_canary_is_paused_resumed_and_approved_by_people_whom_the_journal_names(demo, client, load):
+    version = copy(demo, client)
+    client.rollout_start(version, policy=QUICK.model_copy(update={"approval": True}), reason="to be tried")
+    until(lambda: client.rollout().reason == "waiting for approval", "only the approval is missing", 90)
+    client.rollout_command("pause", "a look first")
+    status = client.rollout()
+    assert (status.phase, status.weight, status.paused) == ("canary", 0.5, True)
+    assert client.rollout_command("approve", "it looks good").paused
+    served = client.rollout().evidence.served
+    until(lambda: client.rollout().evidence.served > served + 50, "a paused canary goes on answering", 60)
+    assert client.rollout().phase == "canary"
+    client.rollout_command("resume", "it was seen")
+    assert finished(client, version) == "promoted"
+    assert commanded(demo, version) == [
+        (Kind.STARTED, "owner", "to be tried"),
+        (Kind.PAUSED, "owner", "a look first"),
+        (Kind.APPROVED, "owner", "it looks good"),
+        (Kind.RESUMED, "owner", "it was seen"),
+    ]
+
+
 @pytest.mark.timeout(240)
 def test_a_killed_controller_resumes_at_its_step_with_its_evidence(demo, client, load):
     version = copy(demo, client)
@@ -223,6 +257,18 @@ def test_commands_fit_the_phase(demo, client):
     assert unknown.value.status == 409
 
 
+def tidegate(demo, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as an operator of this cluster runs it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TIDEGATE_"))}
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("tidegate")), *arguments],
+        env=environment | demo.settings.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_the_command_shows_the_release_and_refuses_what_does_not_fit(demo, client):
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         tidegate = str(Path(sys.executable).with_name("tidegate"))
@@ -238,3 +284,41 @@ def test_the_command_shows_the_release_and_refuses_what_does_not_fit(demo, clien
     assert refused.returncode == 1
     assert "409" in refused.stderr
     assert refused.stdout == ""
+
+
+@pytest.mark.timeout(240)
+def test_a_rollout_is_started_and_steered_by_the_command(demo, client):
+    """Under the page's own policy; the cluster's time stands still, so its first stage does not end by itself."""
+    version = copy(demo, client)
+
+    def said(action: str, *arguments: str) -> dict[str, Any]:
+        done = tidegate(demo, "rollout", "aqua", action, *arguments, "--reason", f"{action} by hand")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    said("start", version)
+    until(lambda: (s := client.rollout()).challenger == version and s.phase == "shadow", f"{version} is tried", 90)
+    assert said("pause")["paused"] is True
+    assert said("resume")["paused"] is False
+    assert said("approve")["challenger"] == version
+    said("abort")
+    assert finished(client, version) == "aborted"
+    kinds = (Kind.STARTED, Kind.PAUSED, Kind.RESUMED, Kind.APPROVED, Kind.ABORTED)
+    actions = ("start", "pause", "resume", "approve", "abort")
+    expected = [(kind, "owner", f"{action} by hand") for kind, action in zip(kinds, actions, strict=True)]
+    assert commanded(demo, version) == expected
+
+
+@pytest.mark.timeout(240)
+def test_a_use_case_is_deployed_anew_by_the_command_and_its_release_stays_where_it_was(demo, client):
+    before, (controller,) = client.rollout(), pids(demo, "ray::RolloutActor")
+    done = tidegate(demo, "deploy", "aqua")
+    assert done.returncode == 0, done.stderr
+    assert f"aqua: version {before.champion} answers" in done.stdout
+    assert pids(demo, "ray::RolloutActor") not in ([], [controller])
+    assert client.rollout() == before
+    (answer,) = client.predict([INSTANCE])
+    assert answer.model_version == before.champion
+    unknown = tidegate(demo, "deploy", "nothing")
+    assert unknown.returncode == 1
+    assert "nothing" in unknown.stderr
