@@ -102,23 +102,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--events-version", type=int, help="version of the events table (default: the newest)")
     parser.add_argument("--engine", choices=("auto", "arrow", "ray"), default="auto")
     parser.add_argument("--materialize", action="store_true", help="also rebuild the online state")
+    parser.add_argument("--only-state", action="store_true", help="with --materialize: leave the training table alone")
     options = parser.parse_args(arguments)
+    if options.only_state and not options.materialize:
+        parser.error("--only-state goes with --materialize")
     settings = Settings.from_environment()
     use_case = usecases.load(options.use_case)
     tables = Tables(settings.tables_url, settings.storage_options)
-    here = session.current(settings)
-    if options.engine == "ray" or (
-        options.engine == "auto" and ("RAY_JOB_ID" in os.environ or (here and here.alive()))
-    ):
-        session.connect(settings)
-    result = backfill(
-        use_case,
-        tables=tables,
-        settings=settings,
-        events_version=options.events_version,
-        engine=options.engine,
-    )
-    report: dict[str, object] = asdict(result)
+    report: dict[str, object] = {}
+    if not options.only_state:
+        here = session.current(settings)
+        if options.engine == "ray" or (
+            options.engine == "auto" and ("RAY_JOB_ID" in os.environ or (here and here.alive()))
+        ):
+            session.connect(settings)
+        result = backfill(
+            use_case,
+            tables=tables,
+            settings=settings,
+            events_version=options.events_version,
+            engine=options.engine,
+        )
+        report |= asdict(result)
     if options.materialize:
         database = Database(settings.database_url)
         database.create()

@@ -30,6 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start.add_argument("--reason", default="", help="kept in the journal")
     for action in ("pause", "resume", "approve", "abort"):
         actions.add_parser(action).add_argument("--reason", default="", help="kept in the journal")
+    features = commands.add_parser("features", help="make, rebuild, audit and look at features")
+    kinds = features.add_subparsers(dest="action", required=True)
+    kinds.add_parser("backfill", help="make the training table").add_argument("usecase")
+    kinds.add_parser("materialize", help="rebuild online state from table and log").add_argument("usecase")
+    audit = kinds.add_parser("audit", help="make what was served again and compare it to the last bit")
+    audit.add_argument("usecase")
+    audit.add_argument("--hours", default="24", help="how far back (default 24)")
+    audit.add_argument("--share", default="0.05", help="of the predictions (default 0.05)")
+    show = kinds.add_parser("show", help="what state holds for an entity: value, status and age of every feature")
+    show.add_argument("usecase")
+    show.add_argument("entity")
     demo = commands.add_parser("demo", help="the main job on real data, on a cluster of its own")
     demo.add_argument("usecase", nargs="?", default="aqua")
     demo.add_argument("--home", type=Path, help="where the demo keeps everything (default var/demo); emptied first")
@@ -156,4 +167,34 @@ def _rollout(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"up": _up, "down": _down, "status": _status, "deploy": _deploy, "rollout": _rollout}
+def _features(options: argparse.Namespace) -> int:
+    from pipelines import audit, backfill, usecases
+
+    match options.action:
+        case "backfill":
+            return backfill.main([options.usecase])
+        case "audit":
+            return audit.main([options.usecase, "--hours", options.hours, "--share", options.share])
+    use_case = usecases.load(options.usecase)
+    if options.action == "materialize":
+        return backfill.main([use_case.name, "--materialize", "--only-state"])
+    from cluster.clock import open_clock
+    from cluster.settings import Settings
+    from pipelines.features.online import open_state
+    from serving.answers import Predictor
+    from serving.problems import Problem
+
+    settings = Settings.from_environment()
+    state = open_state(settings, use_case)
+    try:
+        shown = Predictor(use_case, state.bind()).features(options.entity, open_clock(settings).now())
+    except Problem as problem:
+        print(f"tidegate: {problem.detail}", file=sys.stderr)
+        return 1
+    finally:
+        state.close()
+    print(json.dumps(shown, indent=1))
+    return 0
+
+
+_COMMANDS = {"up": _up, "down": _down, "status": _status, "deploy": _deploy, "rollout": _rollout, "features": _features}

@@ -6,7 +6,6 @@ log sequence. From those rows alone its features are made again by the offline s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,8 +37,20 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class FeatureSkew:
+    """How one feature differs: in how many values, of which ``missing`` were served as none although there was one,
+    and ``extra`` as one although there was none; ``largest`` is the greatest distance of the others.
+    """
+
+    differing: int
+    missing: int
+    extra: int
+    largest: float
+
+
+@dataclass(frozen=True)
 class SkewReport:
-    """What an audit found. ``mismatched`` counts predictions, ``by_feature`` their differing values.
+    """What an audit found. ``mismatched`` counts predictions, ``by_feature`` says how the features differ that do.
 
     ``imputed`` counts stored values in whose place a fallback put something: the log is the only record of what that
     was, so they are taken from it, and the columns made of them are recomputed like all others.
@@ -51,7 +62,7 @@ class SkewReport:
     mismatched: int
     pending: int
     foreign: int
-    by_feature: dict[str, int] = field(default_factory=dict)
+    by_feature: dict[str, FeatureSkew] = field(default_factory=dict)
     examples: tuple[Difference, ...] = ()
     imputed: int = 0
 
@@ -81,7 +92,7 @@ def audit(
     # A drained duplicate leaves no row, so the drain's own marker may be further on.
     drained = max(drained, tables.marker(source, "drain/events") or 0)
     ready = ours.filter(pc.less_equal(ours.column("sequence"), drained))
-    by_feature: Counter[str] = Counter()
+    found: dict[str, list[np.ndarray]] = {}
     examples: list[Difference] = []
     mismatched = imputed = 0
     for generation in sorted(ready.column("generation").unique().to_pylist()):
@@ -101,7 +112,7 @@ def audit(
         mismatched += int(differs.any(axis=1).sum())
         ids = part.column("prediction_id").to_pylist()
         for row, column in np.argwhere(differs).tolist():
-            by_feature[names[column]] += 1
+            found.setdefault(names[column], []).append(np.array([served[row, column], again[row, column]]))
             if len(examples) < _EXAMPLES:
                 examples.append(
                     Difference(ids[row], names[column], float(served[row, column]), float(again[row, column]))
@@ -111,10 +122,17 @@ def audit(
         mismatched=mismatched,
         pending=ours.num_rows - ready.num_rows,
         foreign=predictions.num_rows - ours.num_rows,
-        by_feature=dict(by_feature),
+        by_feature={name: _skew_of(np.array(pairs)) for name, pairs in found.items()},
         examples=tuple(examples),
         imputed=imputed,
     )
+
+
+def _skew_of(pairs: np.ndarray) -> FeatureSkew:
+    """What (served, recomputed) float64[n, 2] that differ amount to."""
+    missing, extra = np.isnan(pairs[:, 0]), np.isnan(pairs[:, 1])
+    apart = np.abs(pairs[:, 0] - pairs[:, 1])[~missing & ~extra]
+    return FeatureSkew(len(pairs), int(missing.sum()), int(extra.sum()), float(apart.max(initial=0.0)))
 
 
 def different_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -292,3 +292,7 @@ def test_the_job_prints_its_report_as_the_last_line(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == 8
     assert report["state"]["entities"] == 2
+    assert job.main(["meter", "--materialize", "--only-state"]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone.keys() == {"state"}
+    assert alone["state"]["generation"] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,18 @@ import orjson
 import pyarrow as pa
 import pytest
 
+from cluster.alerts import Alerts
+from cluster.clock import ReplayClock
+from cluster.database import Database
 from cluster.log import DurableLog
 from cluster.tables import Tables
+from pipelines.audit import audit_lately
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, decode_events, events_schema
 from pipelines.features import derived
 from pipelines.features.online import OnlineState
-from pipelines.features.served import SERVED_SCHEMA, Status
-from pipelines.features.skew import audit
+from pipelines.features.served import SERVED_SCHEMA, Status, predictions_table
+from pipelines.features.skew import FeatureSkew, SkewReport, audit
 from pipelines.spec import Calendar, Derived, UseCase
 from tests.data.worlds import BASE, CONTRACT, VIEW
 from tests.pipeline.test_online_state import MINUTE, bulk, record, use_case, write
@@ -153,9 +158,56 @@ def test_one_changed_bit_is_found_and_named(plant: Plant) -> None:
     plant.served[30]["numeric"] = [1.0, *plant.served[30]["numeric"][1:]]
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
     assert report.mismatched == 2
-    assert report.by_feature == {"flow_mean_5m": 1, "scaled": 1}
+    assert {name: skew.differing for name, skew in report.by_feature.items()} == {"flow_mean_5m": 1, "scaled": 1}
     found = {example.feature: example.prediction_id for example in report.examples}
     assert found == {"flow_mean_5m": "p90", "scaled": "p30"}
+
+
+def test_the_distance_of_what_differs_is_told_by_feature(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"))
+    mean = VIEW.stored.index("flow_mean_5m")
+    for row, change in ((90, 2.0), (93, -0.5)):
+        stored = list(plant.served[row]["stored"])
+        stored[mean] += change
+        plant.served[row]["stored"] = stored
+    report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
+    assert report.by_feature == {"flow_mean_5m": FeatureSkew(2, 0, 0, pytest.approx(2.0))}
+
+
+def test_the_job_audits_a_share_of_what_was_served_lately_and_keeps_an_alert_by_it(
+    plant: Plant, tmp_path: Path
+) -> None:
+    plant.drain(plant.log.last("events"))
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    database.create()
+    now = max(int(row["_time"]) for row in plant.served) + 1
+    clock = ReplayClock(tmp_path / "clock")
+    clock.set(now)
+    alerts = Alerts(database, clock)
+
+    def run(**how: object) -> SkewReport:
+        found = {"tables": plant.tables, "database": database, "clock": clock} | how
+        return audit_lately(CASE, generations=plant.state.generation, **found)
+
+    assert run() == SkewReport(checked=0, mismatched=0, pending=0, foreign=0)
+    plant.tables.ensure(predictions_table(CASE), SERVED_SCHEMA)
+    plant.tables.append(predictions_table(CASE), plant.predictions(), "served/1")
+    whole = run(share=1.0)
+    assert (whole.checked, whole.mismatched, alerts.open_alerts()) == (120, 0, [])
+    part = run(share=0.3)
+    assert 10 < part.checked < 70
+    assert run(share=1.0, lately=timedelta(microseconds=1)).checked < 10
+    wrong = plant.predictions().slice(60, 30)
+    numeric = [[1.0, *row[1:]] for row in wrong.column("numeric").to_pylist()]
+    wrong = wrong.set_column(wrong.column_names.index("numeric"), SERVED_SCHEMA.field("numeric"), [numeric])
+    plant.tables.append(predictions_table(CASE), wrong, "served/2")
+    assert run(share=1.0).mismatched == 30
+    (alert,) = alerts.open_alerts()
+    assert (alert.name, alert.subject) == ("feature_skew", CASE.name)
+    assert "30 of 150" in alert.detail
+    assert "'scaled'" in alert.detail
+    assert run(share=1.0, lately=timedelta(microseconds=1)).mismatched == 0
+    assert alerts.open_alerts() == []
 
 
 def test_a_value_that_should_be_missing_is_a_mismatch(plant: Plant) -> None:
@@ -165,8 +217,10 @@ def test_a_value_that_should_be_missing_is_a_mismatch(plant: Plant) -> None:
     stored = list(unknown["stored"])
     stored[VIEW.stored.index("flow_mean_1m")] = 0.0
     unknown["stored"] = stored
+    known = plant.served[90]
+    known["stored"] = [None, *known["stored"][1:]]
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
-    assert report.by_feature == {"flow_mean_1m": 1}
+    assert report.by_feature == {"flow_mean_1m": FeatureSkew(1, 0, 1, 0.0), "flow_count_1m": FeatureSkew(1, 1, 0, 0.0)}
 
 
 def test_an_event_that_the_table_lost_shows_as_skew(plant: Plant) -> None:
@@ -202,7 +256,7 @@ def test_a_column_that_was_not_made_of_the_imputed_value_is_found(plant: Plant) 
     plant.served[90]["numeric"] = before
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
     assert (report.mismatched, report.imputed) == (1, 1)
-    assert report.by_feature == {"scaled": 1}
+    assert {name: skew.differing for name, skew in report.by_feature.items()} == {"scaled": 1}
 
 
 def test_beside_an_imputed_value_every_other_is_still_compared(plant: Plant) -> None:
@@ -214,4 +268,4 @@ def test_beside_an_imputed_value_every_other_is_still_compared(plant: Plant) -> 
     plant.served[90]["stored"] = stored
     report = audit(CASE, plant.predictions(), tables=plant.tables, generations=plant.state.generation)
     assert (report.mismatched, report.imputed) == (1, 1)
-    assert report.by_feature == {"flow_mean_5m": 1}
+    assert {name: skew.differing for name, skew in report.by_feature.items()} == {"flow_mean_5m": 1}

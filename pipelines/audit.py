@@ -1,0 +1,112 @@
+"""The skew audit as a job: a sample of what was served lately is made again and compared to the last bit.
+
+``python -m pipelines.audit aqua [--hours 24] [--share 0.05]`` prints its report as one line of JSON, the last of its
+output. It exits with 0 when all values agree, 1 when some differ (the alert ``feature_skew`` is then open), 3 when
+nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.alerts import Alerts
+from cluster.clock import Clock, open_clock
+from cluster.database import Database
+from cluster.settings import Settings
+from cluster.tables import Tables
+from pipelines import usecases
+from pipelines.contracts.events import INSTANT, buckets_of
+from pipelines.features.online import open_state
+from pipelines.features.served import predictions_table
+from pipelines.features.skew import SkewReport, audit
+from pipelines.spec import UseCase
+from pipelines.spec.base import microseconds
+
+ALERT = "feature_skew"
+AGREES, DIFFERS, NOTHING = 0, 1, 3
+"""Exit codes; see above."""
+_SLOTS = 10_000  # a share is a number of these
+
+
+def audit_lately(
+    use_case: UseCase,
+    *,
+    tables: Tables,
+    database: Database,
+    generations: Callable[[int], int],
+    clock: Clock,
+    lately: timedelta = timedelta(hours=24),
+    share: float = 0.05,
+) -> SkewReport:
+    """Audits the predictions of the time ``lately`` whose id's hash falls into ``share`` (0 to 1) of all hashes.
+
+    ``generations`` is ``OnlineState.generation`` of the state that they were answered from.
+    Opens the alert ``feature_skew`` when a value differs, and resolves it when some were checked and none does.
+    """
+    name = predictions_table(use_case)
+    if not tables.exists(name):
+        return SkewReport(checked=0, mismatched=0, pending=0, foreign=0)
+    now = clock.now()
+    since, until = (pa.scalar(at, pa.int64()).cast(INSTANT) for at in (now - microseconds(lately), now))
+    logged = tables.read(name, filter=(pc.field("_time") >= since) & (pc.field("_time") <= until))
+    chosen = logged.filter(pc.less(buckets_of(logged.column("prediction_id"), _SLOTS), round(share * _SLOTS)))
+    report = audit(use_case, chosen, tables=tables, generations=generations)
+    alerts = Alerts(database, clock)
+    if report.mismatched:
+        worst = max(report.by_feature, key=lambda feature: report.by_feature[feature].differing)
+        alerts.open(
+            ALERT,
+            use_case.name,
+            f"{report.mismatched} of {report.checked} served vectors are not what their events make again; "
+            f"{len(report.by_feature)} features differ, {worst!r} most often: {report.by_feature[worst]}",
+        )
+    elif report.checked:
+        alerts.resolve(ALERT, use_case.name, f"{report.checked} served vectors are what their events make again")
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The job's entry point; settings come from the environment."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.audit", description=__doc__)
+    parser.add_argument("use_case", choices=usecases.names())
+    parser.add_argument("--hours", type=float, default=24.0, help="how far back, on the cluster's clock (default 24)")
+    parser.add_argument("--share", type=_share, default=0.05, help="of the predictions, above 0, at most 1 (0.05)")
+    chosen = parser.parse_args(arguments)
+    settings = Settings.from_environment()
+    database = Database(settings.database_url)
+    database.create()
+    use_case = usecases.load(chosen.use_case)
+    state = open_state(settings, use_case)
+    report = audit_lately(
+        use_case,
+        tables=Tables(settings.tables_url, settings.storage_options),
+        database=database,
+        generations=state.generation,
+        clock=open_clock(settings),
+        lately=timedelta(hours=chosen.hours),
+        share=chosen.share,
+    )
+    state.close()
+    database.close()
+    # orjson writes null for NaN, which json would write as what is no JSON.
+    sys.stdout.write(orjson.dumps(asdict(report)).decode() + "\n")
+    return DIFFERS if report.mismatched else AGREES if report.checked else NOTHING
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"a share lies above 0 and is at most 1, not {text}")
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())
