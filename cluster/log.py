@@ -7,8 +7,10 @@ exactly once, at one place: sequences start at 1 and have no gaps. ``cluster.red
 from __future__ import annotations
 
 import logging
+import math
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +32,7 @@ _KEY = struct.Struct(">IQ")  # stream id, sequence: big-endian, so keys sort as 
 _HEAD = struct.Struct("<Bq")  # format, known_at
 
 Sequences = list[int | None]
+_LOOK_S = 0.2
 
 
 class LogFull(RuntimeError):
@@ -331,7 +334,7 @@ class GroupCommit:
     raises, the futures of that group carry its error although their records are durable (a caller that
     tries again gets None for them). The same holds when the log became unavailable: the records may be
     durable. At most ``max_waiting`` records wait at any time, and one transaction takes about
-    ``group_records`` of them.
+    ``group_records`` of them. A stream that keeps ``max_kept`` records, because nobody drains it, takes no more.
     """
 
     def __init__(
@@ -342,12 +345,18 @@ class GroupCommit:
         *,
         max_waiting: int = 100_000,
         group_records: int = 20_000,
+        max_kept: int | None = None,
+        real: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._clock = clock
         self._after_commit = after_commit
         self._max_waiting = max_waiting
         self._group_records = group_records
+        self._max_kept = max_kept
+        self._real = real
+        self._kept: dict[str, int] = {}  # by stream, as of the last commit or look
+        self._looked: dict[str, float] = {}
         self._queue: list[_Submission] = []
         self._waiting = 0
         self._closing = False
@@ -358,14 +367,15 @@ class GroupCommit:
     def submit(self, stream: str, records: Sequence[Record]) -> Future[Sequences]:
         """The future of the records' sequences, as ``Transaction.append`` gives them.
 
-        Raises ``LogFull`` when more than ``max_waiting`` records would wait, ``RuntimeError`` once closed.
+        Raises ``LogFull`` when more than ``max_waiting`` records would wait or the stream keeps too many,
+        ``LogUnavailable`` when that cannot be told, ``RuntimeError`` once closed.
         """
         future: Future[Sequences] = Future()
         self._enqueue(_Submission(stream, list(records), future))
         return future
 
     def submit_quiet(self, stream: str, records: Sequence[Record]) -> None:
-        """Append records that nobody waits for. A failure to write them is logged as an error."""
+        """Append records that nobody waits for. A failure to write them is logged as an error. Raises as ``submit``."""
         self._enqueue(_Submission(stream, list(records), None))
 
     @property
@@ -382,6 +392,7 @@ class GroupCommit:
         self._thread.join()
 
     def _enqueue(self, submission: _Submission) -> None:
+        self._refuse_overflow(submission)
         with self._changed:
             if self._closing:
                 raise RuntimeError("this group commit is closed: open another")
@@ -391,6 +402,21 @@ class GroupCommit:
             self._waiting = waiting
             self._queue.append(submission)
             self._changed.notify()
+
+    def _refuse_overflow(self, submission: _Submission) -> None:
+        most, stream = self._max_kept, submission.stream
+        if most is None or self._kept.get(stream, 0) + len(submission.records) <= most:
+            return
+        # Nothing is committed while it is full, so it has to be looked at, but not by every caller.
+        if self._real() - self._looked.get(stream, -math.inf) >= _LOOK_S:
+            self._looked[stream] = self._real()
+            self._kept[stream] = self._log.pending(stream)
+        kept = self._kept[stream]
+        if kept + len(submission.records) > most:
+            raise LogFull(
+                f"stream {stream!r} of the log {self._log.where} keeps {kept} records that were not drained, at most "
+                f"{most} may: try again later, and see whether its drain works (the alert drain_failing)"
+            )
 
     def _run(self) -> None:
         while True:
@@ -410,6 +436,8 @@ class GroupCommit:
     def _write(self, group: list[_Submission]) -> None:
         durable = self._append(group)
         with _HandTo(durable) as projecting:
+            if self._max_kept is not None:
+                self._kept |= {stream: self._log.pending(stream) for stream in {s.stream for s in durable}}
             if durable and self._after_commit is not None:
                 self._after_commit()
         if projecting.error is not None:

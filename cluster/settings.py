@@ -45,7 +45,8 @@ class Settings(BaseModel):
     ``buckets`` is the number of partitions an events table is made with. Above ``ray_rows`` rows Ray
     Data carries a job, below it plain Arrow does; one task of a backfill takes about ``task_rows``.
     Event ids are remembered for ``remember_seconds``.
-    The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once.
+    The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once;
+    a stream of it that holds ``log_rows`` is refused more until it is drained.
     ``body_limit`` is the largest request body in bytes. ``num_cpus`` None lets Ray count.
     ``drills`` is a file of faults for challengers (``serving.drills``). Fields that may hold secrets are left
     out of ``repr``.
@@ -76,6 +77,7 @@ class Settings(BaseModel):
     remember_seconds: int = Field(default=7 * 86_400, gt=0)
     drain_seconds: float = Field(default=2.0, gt=0)
     drain_rows: int = Field(default=50_000, ge=1)
+    log_rows: int = Field(default=5_000_000, ge=1)
     body_limit: int = Field(default=4 * 1024 * 1024, ge=1)
     num_cpus: int | None = Field(default=None, ge=1)
     api_keys: str | None = Field(default=None, repr=False)

@@ -35,11 +35,14 @@ ALERT = "drain_failing"
 class EventIntake:
     """Checks, logs and acknowledges events; also carries the records of predictions and outcomes."""
 
-    def __init__(self, use_case: UseCase, log: Log, clock: Clock, project: Callable[[], object]) -> None:
+    def __init__(
+        self, use_case: UseCase, log: Log, clock: Clock, project: Callable[[], object], max_kept: int | None = None
+    ) -> None:
+        """``max_kept`` as of ``GroupCommit``."""
         self._contract = use_case.contract
         self._model = compile_model(use_case.contract)
         self._clock = clock
-        self._commit = GroupCommit(log, clock, after_commit=project)
+        self._commit = GroupCommit(log, clock, after_commit=project, max_kept=max_kept)
 
     async def ingest(self, events: Sequence[Any]) -> list[dict[str, Any]]:
         """One result per event, in order: accepted (with its sequence) or quarantined (with the broken rules).
@@ -100,12 +103,15 @@ class EventIntake:
     def predictions(self, values: Sequence[bytes]) -> None:
         """Logs predictions, for which nobody waits; a crash may lose those of the last moment.
 
-        Raises ``Problem`` 429 when the log cannot take more: an answer that is not logged could never be audited.
+        Raises ``Problem`` 429 when the log cannot take more, 503 when it does not answer: an answer that is not logged
+        could never be audited.
         """
         try:
             self._commit.submit_quiet(PREDICTIONS, [Record(None, value) for value in values])
         except LogFull as error:
             raise Problem(429, "The log is full", str(error), retry_after_s=1) from error
+        except LogUnavailable as error:
+            raise Problem(503, "The log does not answer", str(error), retry_after_s=1) from error
 
     def close(self) -> None:
         """Writes what waits, then stops."""

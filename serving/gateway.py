@@ -60,7 +60,7 @@ class Gateway:
         self.log = open_log(settings, self.use_case)
         self.state = open_state(settings, self.use_case)
         self._project()  # what an earlier process logged and did not live to apply
-        self.intake = EventIntake(self.use_case, self.log, self.clock, self._project)
+        self.intake = EventIntake(self.use_case, self.log, self.clock, self._project, settings.log_rows)
         self.predictor = Predictor(self.use_case, self.state.bind())
         self.holder = f"{socket.gethostname()}:{os.getpid()}"
         self.drain = Drain(
