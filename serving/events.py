@@ -18,7 +18,8 @@ from sqlalchemy.exc import OperationalError
 from cluster.alerts import Alerts
 from cluster.clock import Clock
 from cluster.database import Database
-from cluster.log import GroupCommit, Log, LogFull, LogUnavailable, Record
+from cluster.group_commit import GroupCommit
+from cluster.log import Log, LogFull, LogUnavailable, Record
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts.events import LOAD_ID, encode_event, event_id

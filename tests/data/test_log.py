@@ -18,7 +18,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cluster.log import DurableLog, GroupCommit, Log, LogFull, LogRecord, Record
+from cluster.group_commit import GroupCommit
+from cluster.log import DurableLog, Log, LogFull, LogRecord, Record
 from cluster.redis_log import RedisLog
 from tests.backends import on_redis, open_log
 

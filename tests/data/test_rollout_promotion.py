@@ -16,7 +16,7 @@ from serving.rollout.controller import APPLY_TIMEOUT_S, PROMOTE_TIMEOUT_S, START
 from serving.rollout.journal import Journal
 from serving.rollout.machine import Kind, Phase
 from serving.rollout.projections import describe
-from tests.data.test_rollout_kill import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Loading, Play
+from tests.data.rollout_play import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Loading, Play
 
 ONE, TWO = "here:1:aa", "there:2:bb"
 

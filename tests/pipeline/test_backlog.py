@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.log import GroupCommit, LogFull, Record
+from cluster.group_commit import GroupCommit
+from cluster.log import LogFull, Record
 from pipelines.drain import EVENTS
 from pipelines.features.online import OnlineState
 from serving.events import EventIntake

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 WRITER = """
 import os, sys, threading
 from cluster.clock import SystemClock
-from cluster.log import GroupCommit, Record
+from cluster.group_commit import GroupCommit
+from cluster.log import Record
 from tests.backends import open_log
 
 log = open_log(sys.argv[1])

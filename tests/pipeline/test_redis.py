@@ -13,7 +13,8 @@ import redis
 
 from cluster import session
 from cluster.clock import SystemClock
-from cluster.log import GroupCommit, LogFull, LogUnavailable, Record
+from cluster.group_commit import GroupCommit
+from cluster.log import LogFull, LogUnavailable, Record
 from cluster.redis_log import RedisLog
 from pipelines.features.online import OnlineState
 from pipelines.features.state import StateError

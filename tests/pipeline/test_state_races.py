@@ -33,7 +33,8 @@ NOW = BASE + 5_000_000
 # Every write is one event of a meter aN and one of bN at the same time, so in every state both have as many.
 COMMON = """
 import os, select, sys, threading
-from cluster.log import GroupCommit, Record
+from cluster.group_commit import GroupCommit
+from cluster.log import Record
 from pipelines.contracts.events import encode_event
 from tests.backends import open_log, open_state
 from tests.data.worlds import BASE, CONTRACT
