@@ -79,7 +79,13 @@ def open_log(settings: Settings, use_case: UseCase) -> Log:
     from cluster.redis_log import RedisLog
 
     durability = settings.state_durability
-    return RedisLog(settings.state_url, use_case.name, remember_us=remember_us, durability=durability)
+    return RedisLog(
+        settings.state_url,
+        use_case.name,
+        remember_us=remember_us,
+        durability=durability,
+        most_pending=settings.log_rows,
+    )
 
 
 def open_state(settings: Settings, use_case: UseCase) -> OnlineState:
