@@ -232,8 +232,8 @@ class OnlineState:
         order = np.lexsort((columns.orders[kept], columns.times[kept], columns.entities[kept]))
         seen, unplaced = take(columns, kept[order]), 0
         for first, last, names, edges in _parts(self.plan, seen):
-            part = take(seen, slice(first, last))
-            states, late = apply_events(self.plan, list(txn.get(names)), part, edges - first)
+            part = (seen.times[first:last], seen.orders[first:last], seen.values[first:last])
+            states, late = apply_events(self.plan, list(txn.get(names)), edges - first, *part)
             for name, state in zip(names, states, strict=True):
                 txn.put(name, state)
             unplaced += late

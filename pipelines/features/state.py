@@ -7,12 +7,11 @@ batches, nor a restart from bytes changes a value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipelines.features.kernels import layout, reads, tiles
-from pipelines.features.windows import EventColumns, Plan
+from pipelines.features.windows import Plan
 
 # Above this many unsettled events an entity is refused: every change writes them all again.
 MAX_RAW_EVENTS = 100_000
@@ -20,75 +19,6 @@ MAX_RAW_EVENTS = 100_000
 
 class StateError(RuntimeError):
     """State cannot be read or written as asked; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Vector:
-    """Stored features of one entity: values and ages (seconds, NaN when nothing contributed) float64, status
-    uint8.
-    """
-
-    values: np.ndarray
-    status: np.ndarray
-    age_s: np.ndarray
-
-
-class EntityState:
-    """The state of one entity. Not shared between threads."""
-
-    def __init__(self, plan: Plan, words: np.ndarray | None = None) -> None:
-        self.plan = plan
-        self._words = plan.empty_state.copy() if words is None else words
-
-    @classmethod
-    def from_bytes(cls, plan: Plan, blob: bytes | memoryview) -> EntityState:
-        """The state that ``to_bytes`` wrote; ``StateError`` when another format or view wrote it."""
-        return cls(plan, words(plan, blob))
-
-    def to_bytes(self) -> bytes:
-        """The state as bytes; the first is the format version."""
-        start, count = int(self._words[layout.START]), int(self._words[layout.COUNT])
-        row, fixed = self.plan.raw_words, self.plan.fixed_words
-        packed = np.empty(fixed + count * row, np.int64)
-        packed[:fixed] = self._words[:fixed]
-        packed[fixed:] = self._words[fixed + start * row : fixed + (start + count) * row]
-        packed[layout.START] = 0
-        return packed.tobytes()
-
-    def apply(self, times: np.ndarray, orders: np.ndarray, values: np.ndarray) -> None:
-        """Applies eligible events: times (us) and orders int64[m], values float64[m, fields], NaN for a null.
-
-        Events given in canonical order cost least. An event further behind the newest one than the contract's
-        lateness allows is counted in ``unplaced`` and changes nothing else. Raises ``StateError`` when more
-        than ``MAX_RAW_EVENTS`` events are too recent to be settled.
-        """
-        row, fixed = self.plan.raw_words, self.plan.fixed_words
-        wanted = fixed + (int(self._words[layout.START]) + int(self._words[layout.COUNT]) + len(times)) * row
-        if wanted > len(self._words):
-            larger = np.zeros(wanted, np.int64)
-            larger[: len(self._words)] = self._words
-            self._words = larger
-        tiles.apply(self._words, self.plan.program, self.plan.others, times, orders, values)
-        if self._words[layout.COUNT] > MAX_RAW_EVENTS:
-            raise _too_many(self.plan, int(self._words[layout.COUNT]))
-
-    def read(self, now_us: int) -> Vector:
-        """The stored features at ``now_us``; ``StateError`` when that is behind what the state can still
-        tell.
-        """
-        values, status, age = vectors(self.plan, 1)
-        read_into(self.plan, self._words, now_us, values, status, age, 0)
-        return Vector(values[:, 0], status[0], age[:, 0])
-
-    @property
-    def newest_us(self) -> int | None:
-        """The time of the newest event, None when there is none."""
-        return int(self._words[layout.NEWEST]) if self._words[layout.SEEN] else None
-
-    @property
-    def unplaced(self) -> int:
-        """How many events came too late to be placed; above zero only when a clock went backwards."""
-        return int(self._words[layout.UNPLACED])
 
 
 def words(plan: Plan, blob: bytes | memoryview) -> np.ndarray:
@@ -117,12 +47,19 @@ def _too_many(plan: Plan, count: int) -> StateError:
 
 
 def apply_events(
-    plan: Plan, blobs: Sequence[bytes | memoryview | None], seen: EventColumns, edges: np.ndarray
+    plan: Plan,
+    blobs: Sequence[bytes | memoryview | None],
+    edges: np.ndarray,
+    times: np.ndarray,
+    orders: np.ndarray,
+    values: np.ndarray,
 ) -> tuple[list[memoryview], int]:
     """The states that ``blobs`` become, None being one of nothing, and how many events could not be placed.
 
-    Entity e has the rows [edges[e], edges[e + 1]) of ``seen``, in canonical order. The same as ``EntityState.apply``
-    and ``to_bytes`` of each, with its errors, in one call of a kernel.
+    Entity e has the eligible events [edges[e], edges[e + 1]): times (us) and orders int64[m], values
+    float64[m, fields], NaN for a null; in canonical order they cost least. An event further behind its entity's newest
+    one than the contract's lateness allows cannot be placed and changes nothing else. Raises ``StateError`` when an
+    entity has more than ``MAX_RAW_EVENTS`` events too recent to be settled, or a blob is of another format or view.
     """
     fixed, row = plan.fixed_words, plan.raw_words
     held = np.array([fixed if blob is None else len(blob) // 8 for blob in blobs], np.int64)
@@ -135,8 +72,8 @@ def apply_events(
             states[begins[e] : begins[e] + len(found)] = found
             before += int(found[layout.UNPLACED])
     new = np.array([blob is None for blob in blobs], np.bool_)
-    lengths = tiles.apply_many(
-        states, begins, new, plan.empty_state, plan.program, plan.others, edges, seen.times, seen.orders, seen.values
+    lengths = tiles.apply(
+        states, begins, new, plan.empty_state, plan.program, plan.others, edges, times, orders, values
     )
     most = int(states[begins[:-1] + layout.COUNT].max(initial=0))
     if most > MAX_RAW_EVENTS:
@@ -157,7 +94,7 @@ def vectors(plan: Plan, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def read_into(
     plan: Plan, state: np.ndarray, now_us: int, values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int
 ) -> None:
-    """``EntityState.read`` into one row of what ``vectors`` gave."""
+    """The stored features at ``now_us`` into a row of what ``vectors`` gave; ``StateError`` when too far back."""
     if not reads.read(state, plan.program, plan.others, now_us, values, status, age, row):
         raise StateError(
             f"features were asked for at {now_us} us, but the state has seen an event at "

@@ -245,7 +245,7 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return numbers
 
 
-def take(columns: EventColumns, rows: np.ndarray | slice) -> EventColumns:
+def take(columns: EventColumns, rows: np.ndarray) -> EventColumns:
     """The given rows, in the given order."""
     return replace(
         columns,

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.features.served import Status
-from pipelines.features.state import EntityState, StateError, apply_events
+from pipelines.features.state import StateError, apply_events
 from pipelines.features.sweep import Reads, sweep
 from pipelines.features.windows import EventColumns
+from tests.data.entity import EntityState
 from tests.data.oracle import Event
 from tests.data.worlds import BASE, PLAN, VIEW, World, arrays, counted, expected, same_bits, worlds
 
@@ -60,7 +61,7 @@ def test_neither_batch_splits_nor_restarts_from_bytes_change_the_state(world: Wo
     while at < len(events):
         size = data.draw(st.integers(1, len(events) - at))
         parts.apply(*arrays(PLAN, events[at : at + size]))
-        parts = EntityState.from_bytes(PLAN, parts.to_bytes())
+        parts = EntityState(PLAN, parts.to_bytes())
         at += size
     assert parts.to_bytes() == whole.to_bytes()
 
@@ -84,9 +85,7 @@ def test_states_of_many_entities_changed_at_once_are_those_changed_one_by_one(
         places = [place for place, part in enumerate(now) if part]
         edges = np.cumsum([0, *(len(now[place]) for place in places)])
         times, orders, values = arrays(PLAN, [event for place in places for event in now[place]])
-        entities = np.repeat(places, np.diff(edges)).astype(np.int64)
-        seen = EventColumns(("a", "b", "c"), entities, times, orders, times, times * 0, values)
-        made, late = apply_events(PLAN, [together[place] for place in places], seen, edges)
+        made, late = apply_events(PLAN, [together[place] for place in places], edges, times, orders, values)
         unplaced += late
         for place, blob in zip(places, made, strict=True):
             together[place] = bytes(blob)
@@ -177,7 +176,7 @@ def test_bytes_of_another_format_are_refused() -> None:
     blob = bytearray(EntityState(PLAN).to_bytes())
     blob[0] = 99
     with pytest.raises(StateError, match="format 99"):
-        EntityState.from_bytes(PLAN, bytes(blob))
+        EntityState(PLAN, bytes(blob))
 
 
 def test_features_are_named_in_the_order_of_the_view() -> None:

@@ -23,10 +23,11 @@ from pipelines.contracts.events import (
     from_microseconds,
 )
 from pipelines.features.offline import LABEL, STATUS, TIME, build_examples
-from pipelines.features.state import EntityState, StateError
+from pipelines.features.state import StateError
 from pipelines.features.sweep import Reads, places, sweep
 from pipelines.features.windows import EventColumns, compile_plan, event_columns
 from pipelines.spec import FeatureView, Field, FieldType, Fold, Lag, ModelSpec, Split, Target, UseCase, Window
+from tests.data.entity import EntityState
 from tests.data.oracle import Event, features
 from tests.data.worlds import BASE, CONTRACT, PLAN, SECOND, VIEW, arrays, same_bits
 

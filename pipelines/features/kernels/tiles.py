@@ -167,29 +167,16 @@ def _insert(
 
 @compiled
 def apply(
-    state: np.ndarray, program: np.ndarray, others: bool | None, times: np.ndarray, orders: np.ndarray,
-    values: np.ndarray,
-) -> None:  # fmt: skip
-    """Applies events (times, orders int64[m], values float64[m, fields]) to ``state``, which must have room.
-
-    In whatever order and however split events arrive, the state becomes the same function of their set. ``others``
-    is None for a program without families beyond LATEST and MOMENTS: their code is then not even compiled.
-    """
-    floats = state.view(np.float64)
-    for i in range(times.shape[0]):
-        _insert(state, floats, program, others, times[i], orders[i], values[i])
-
-
-@compiled
-def apply_many(
     states: np.ndarray, begins: np.ndarray, new: np.ndarray, empty: np.ndarray, program: np.ndarray,
     others: bool | None, edges: np.ndarray, times: np.ndarray, orders: np.ndarray, values: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
-    """``apply`` for many entities at once; how many words each state then has, int64[e].
+    """Applies events (times, orders int64[m], values float64[m, fields]) to many entities; how many words each state
+    then has, int64[e].
 
     Entity e has the words from ``begins[e]`` to ``begins[e + 1]`` of ``states``, room for its events included, and the
-    events [edges[e], edges[e + 1]). Where it is ``new``, its state is made from ``empty``. Unsettled events are moved
-    to where they belong in stored bytes.
+    events [edges[e], edges[e + 1]). Where it is ``new``, its state is made from ``empty``. In whatever order and
+    however split events arrive, a state becomes the same function of their set. ``others`` is None for a program
+    without families beyond LATEST and MOMENTS: their code is then not even compiled.
     """
     lengths = np.empty(new.shape[0], np.int64)
     floats = states.view(np.float64)
@@ -201,7 +188,7 @@ def apply_many(
         for i in range(edges[e], edges[e + 1]):
             _insert(state, its_floats, program, others, times[i], orders[i], values[i])
         first = program[P_FIXED] + state[START] * row
-        for word in range(state[COUNT] * row):
+        for word in range(state[COUNT] * row):  # the unsettled to where stored bytes have them
             state[program[P_FIXED] + word] = state[first + word]
         state[START] = 0
         lengths[e] = program[P_FIXED] + state[COUNT] * row
