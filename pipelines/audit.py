@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -25,6 +25,7 @@ from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.events import INSTANT, buckets_of
 from pipelines.features.online import open_state
+from pipelines.features.projection import Projection
 from pipelines.features.served import predictions_table
 from pipelines.features.skew import SkewReport, audit
 from pipelines.spec import UseCase
@@ -41,14 +42,14 @@ def audit_lately(
     *,
     tables: Tables,
     database: Database,
-    generations: Callable[[int], int],
+    states: Sequence[Projection],
     clock: Clock,
     lately: timedelta = timedelta(hours=24),
     share: float = 0.05,
 ) -> SkewReport:
     """Audits the predictions of the time ``lately`` whose id's hash falls into ``share`` (0 to 1) of all hashes.
 
-    ``generations`` is ``OnlineState.generation`` of the state that they were answered from.
+    ``states`` are the ``OnlineState.projections`` that they were answered from.
     Opens the alert ``feature_skew`` when a value differs, and resolves it when some were checked and none does.
     """
     name = predictions_table(use_case)
@@ -58,7 +59,7 @@ def audit_lately(
     since, until = (pa.scalar(at, pa.int64()).cast(INSTANT) for at in (now - microseconds(lately), now))
     logged = tables.read(name, filter=(pc.field("_time") >= since) & (pc.field("_time") <= until))
     chosen = logged.filter(pc.less(buckets_of(logged.column("prediction_id"), _SLOTS), round(share * _SLOTS)))
-    report = audit(use_case, chosen, tables=tables, generations=generations)
+    report = audit(use_case, chosen, tables=tables, states=states)
     alerts = Alerts(database, clock)
     if report.mismatched:
         worst = max(report.by_feature, key=lambda feature: report.by_feature[feature].differing)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_case,
         tables=Tables(settings.tables_url, settings.storage_options),
         database=database,
-        generations=state.generation,
+        states=state.projections,
         clock=open_clock(settings),
         lately=timedelta(hours=chosen.hours),
         share=chosen.share,

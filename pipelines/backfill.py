@@ -76,8 +76,9 @@ def materialize(
             def read(bucket: int) -> pa.Table:
                 return tables.read(source, version=version, partition={BUCKET: [bucket]})
 
-            generation = state.materialize(_read_ahead(read, held), version, log, EVENTS, drained)
-        return Materialized(generation, version, state.applied(), state.entities(), clock.now())
+            for projection in state.projections:
+                projection.materialize(_read_ahead(read, held), version, log, EVENTS, drained)
+        return Materialized(state.position()[0], version, state.applied(), state.entities(), clock.now())
     finally:
         state.close()
         log.close()

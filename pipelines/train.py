@@ -266,8 +266,11 @@ def calibrate_ladder(use_case: UseCase, runner: Runner, rows: Frame, events: pa.
 
 
 def _with_stored(use_case: UseCase, rows: Frame, stored: np.ndarray) -> Frame:
-    """The same rows with other stored features, and all columns that are made of them made again."""
+    """The same rows with other features of their entities, and all columns that are made of them made again."""
     view = use_case.view
+    own = len(view.of_entity)
+    kept = [rows.columns[name] for name in view.stored[own:]]
+    stored = np.column_stack([stored[:, :own], *kept])
     inputs = {name: rows.columns[name] if name in rows.columns else rows.strings[name] for name in view.inputs}
     return replace(rows, columns=derived.columns(view, stored, inputs, rows.time_us))
 

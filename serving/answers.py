@@ -91,7 +91,8 @@ class Predictor:
         self._model = compile_model(contract, (contract.entity, *view.inputs), f"{use_case.name}_instance")
         self._numbers = [n for n in view.inputs if contract.field(n).type is not FieldType.STRING]
         self._strings = {contract.entity, *use_case.model.categorical}
-        self._stored = view.stored
+        self._stored, self._of_entity = view.stored, view.of_entity
+        self._compared = tuple(dict.fromkeys(name for near in view.neighbours for name in near.asked))
         self._fingerprint = view_fingerprint(view, contract)
 
     def parse(self, document: Any) -> list[dict[str, Any]]:
@@ -125,7 +126,8 @@ class Predictor:
         use_case, artifact = self._use_case, version.runner.artifact
         count = len(records)
         entities = [record[use_case.contract.entity] for record in records]
-        read = self._reader.read(entities, now_us)
+        asked = {name: [record.get(name) for record in records] for name in self._compared}
+        read = self._reader.read(entities, now_us, asked)
         inputs = {
             name: np.array([np.nan if (v := record.get(name)) is None else v for record in records], dtype=np.float64)
             for name in self._numbers
@@ -164,7 +166,7 @@ class Predictor:
         """The document and the log of ``prediction`` [n], which the challenger made where ``taken``."""
         read, filled, records = prepared.read, prepared.filled, prepared.records
         as_of = from_microseconds(prepared.now_us).isoformat().replace("+00:00", "Z")
-        prefix = os.urandom(12).hex()
+        prefix, others = os.urandom(12).hex(), [number for position in read.others for number in position]
         answers, logged = [], []
         for i in range(len(records)):
             value, lower, upper = (
@@ -215,6 +217,7 @@ class Predictor:
                     "numeric": prepared.numeric[i].tolist(),
                     "sequence": read.sequence,
                     "generation": read.generation,
+                    "others": others,
                     "view": self._fingerprint,
                     "model_version": version,
                     "variant": variant,
@@ -233,7 +236,7 @@ class Predictor:
             self.compose(prepared, prediction, version.version).records()
 
     def features(self, entity: str, now_us: int) -> dict[str, Any]:
-        """What state holds for one entity now: value, status and age of every stored feature."""
+        """What state holds for one entity now: value, status and age of every feature that needs no request."""
         read = self._reader.read([entity], now_us)
         if not read.known[0]:
             raise Problem(404, "Unknown entity", f"No event of {entity!r} has come in; check the name.")
@@ -248,11 +251,11 @@ class Predictor:
                     "age_seconds": age if np.isfinite(age) else None,
                 }
                 for name, value, status, age in zip(
-                    self._stored,
+                    self._of_entity,
                     read.values[0].tolist(),
                     read.status[0].tolist(),
                     read.age_s[0].tolist(),
-                    strict=True,
+                    strict=False,
                 )
             },
         }

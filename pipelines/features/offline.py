@@ -5,18 +5,19 @@ The kernels are those of entity state, so a value made here equals the served on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts.events import EVENT_ID, INSTANT, contract_schema
+from pipelines.contracts.events import EVENT_ID, INSTANT, KNOWN_AT, contract_schema
 from pipelines.features.localtime import covered
-from pipelines.features.sweep import Reads, places, sweep
-from pipelines.features.windows import compile_plan, event_columns
-from pipelines.spec import UseCase
+from pipelines.features.neighbours import asked_of, mark, points_of, search_past, searcher
+from pipelines.features.sweep import Reads, Swept, places, sweep
+from pipelines.features.windows import Plan, compile_plan, event_columns, instants
+from pipelines.spec import Neighbours, UseCase
 from pipelines.spec.base import microseconds
 
 TIME, LABEL, STATUS = "_time", "_label", "_status"
@@ -45,6 +46,7 @@ def build_examples(
     since: int | None = None,
     until: int | None = None,
     first: Mapping[str, int] | None = None,
+    everywhere: pa.Table | None = None,
 ) -> pa.Table:
     """One training row per event with a target, as the request for it would have seen the world.
 
@@ -55,6 +57,7 @@ def build_examples(
 
     With ``since`` and ``until`` (us) only request times from the one on and before the other are made; ``events`` may
     then lack those that no window of theirs reaches, and ``first`` has the time (us) of each entity's first event.
+    Where ``events`` lack entities, neighbours are searched for in ``everywhere``, the rows of all.
     """
     plan = compile_plan(use_case.view, use_case.contract)
     target = use_case.model.target
@@ -76,8 +79,13 @@ def build_examples(
     chosen = chosen[np.lexsort((columns.orders[chosen], columns.entities[chosen], request[chosen]))]
     if not len(chosen):
         return schema.empty_table()
-    swept = sweep(plan, columns, columns.known_at, Reads(columns.entities[chosen], request[chosen], request[chosen]))
+    reads = Reads(columns.entities[chosen], request[chosen], request[chosen])
+    swept = sweep(plan, columns, columns.known_at, reads)
     source = events.take(pa.array(chosen))
+    world = events if everywhere is None else everywhere
+    for near in use_case.view.neighbours:
+        inputs = {name: source.column(name) for name in near.asked}
+        fill_neighbours(plan, swept, near, world, instants(world, KNOWN_AT), inputs, reads)
     answer: dict[str, Any] = {
         TIME: pa.array(request[chosen]).cast(INSTANT),
         LABEL: pa.array(label[chosen]),
@@ -90,18 +98,39 @@ def build_examples(
     return pa.table(answer).select(schema.names).cast(schema)
 
 
+def fill_neighbours(
+    plan: Plan,
+    swept: Swept,
+    near: Neighbours,
+    events: pa.Table,
+    known: np.ndarray,
+    inputs: Mapping[str, Sequence[Any] | pa.ChunkedArray],
+    reads: Reads,
+) -> None:
+    """Writes the features of ``near`` among ``events``, rows of all entities, into what was ``swept`` for ``reads``.
+
+    ``known`` int64 is each row's number in the order in which events became known; ``inputs`` those of the requests.
+    """
+    find, place = searcher(near, plan.contract), dict(plan.view.beside)[near]
+    points = points_of(find, plan.contract, events)
+    past = search_past(find, points, known, asked_of(near, inputs), reads.moments, reads.bounds)
+    swept.values[:, place] = past.values.T
+    mark(past, reads.moments, microseconds(plan.view.ttl), swept.status[:, place])
+
+
 def silenced(
     use_case: UseCase, events: pa.Table, entities: np.ndarray, moments: np.ndarray, silence_us: int
 ) -> np.ndarray:
-    """What state would give at ``moments`` had each entity's events stopped ``silence_us`` before: float64[n, s].
+    """What state would give at ``moments`` had each entity's events stopped ``silence_us`` before: float64[n, e].
 
     entities object[n], moments int64[n] (us), ``events`` rows of the events table. Row i is made of the events known
-    by ``moments[i] - silence_us`` and read at ``moments[i]``, as for a sensor that fell silent.
+    by ``moments[i] - silence_us`` and read at ``moments[i]``, as for a sensor that fell silent. The features are those
+    of ``view.of_entity``: no sensor's silence changes what others sold for.
     """
     plan = compile_plan(use_case.view, use_case.contract)
     columns = event_columns(plan, events)
     reads = Reads(places(columns, entities), moments, moments - silence_us)
-    return sweep(plan, columns, columns.known_at, reads).values
+    return sweep(plan, columns, columns.known_at, reads).values[:, : len(use_case.view.of_entity)]
 
 
 def _lists(matrix: np.ndarray) -> pa.ListArray:

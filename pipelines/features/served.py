@@ -39,6 +39,7 @@ SERVED_SCHEMA = pa.schema(
         ("numeric", pa.list_(pa.float64())),
         ("sequence", pa.int64()),
         ("generation", pa.int64()),
+        ("others", pa.list_(pa.int64())),
         ("view", pa.string()),
         ("model_version", pa.string()),
         ("variant", pa.string()),
@@ -54,8 +55,9 @@ SERVED_SCHEMA = pa.schema(
 """One row per answer. ``_time`` is the clock's time at which features were read, ``inputs`` a JSON object of
 the view's inputs, ``stored`` and ``status`` the state's vector in the order of ``view.stored``, ``numeric``
 the model's columns in the order of ``model.numeric``, ``sequence`` and ``generation`` the state they were
-read from, ``view`` its fingerprint. While a version is being tried, the ``other`` columns are what the version that
-did not answer made of the same instance."""
+read from, ``others`` the generation and the sequence of each state beside it (``Read.others``), ``view`` its
+fingerprint. While a version is being tried, the ``other`` columns are what the version that did not answer made of
+the same instance."""
 
 OUTCOME_SCHEMA = pa.schema([("prediction_id", pa.string()), ("value", pa.float64()), ("at", INSTANT)])
 """One row per outcome that a caller reported; ``at`` is when it became known."""

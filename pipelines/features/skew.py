@@ -6,7 +6,7 @@ log sequence. From those rows alone its features are made again by the offline s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,13 +15,15 @@ import pyarrow.compute as pc
 
 from cluster.tables import Tables
 from pipelines.contracts.enforce import events_table
-from pipelines.contracts.events import SEQUENCE
+from pipelines.contracts.events import INSTANT, SEQUENCE
 from pipelines.features import derived
-from pipelines.features.online import NO_TABLE
+from pipelines.features.offline import fill_neighbours
+from pipelines.features.projection import NO_TABLE, Projection
 from pipelines.features.served import Status, inputs_of
 from pipelines.features.sweep import Reads, places, sweep
-from pipelines.features.windows import EventColumns, Plan, compile_plan, event_columns, instants
-from pipelines.spec import UseCase
+from pipelines.features.windows import Plan, compile_plan, event_columns, instants
+from pipelines.spec import Contract, UseCase
+from pipelines.spec.base import microseconds
 
 _EXAMPLES = 20
 
@@ -72,15 +74,15 @@ def audit(
     predictions: pa.Table,
     *,
     tables: Tables,
-    generations: Callable[[int], int],
+    states: Sequence[Projection],
 ) -> SkewReport:
     """Recomputes stored and numeric columns of ``predictions`` (``SERVED_SCHEMA``) from the events table.
 
-    ``generations`` gives the table version of a generation (``OnlineState.generation``). NaN equals NaN;
-    anything else must have the same bits. The log's JSON has no infinities, so one counts as NaN.
+    ``states`` are those that were read: ``OnlineState.projections``. NaN equals NaN; anything else must have the same
+    bits. The log's JSON has no infinities, so one counts as NaN.
     """
     plan = compile_plan(use_case.view, use_case.contract)
-    width = len(use_case.model.numeric)
+    width, beside = len(use_case.model.numeric), states[1:]
     mine = pc.and_(
         pc.equal(predictions.column("view"), plan.fingerprint),
         pc.equal(pc.list_value_length(predictions.column("numeric")), width),
@@ -91,17 +93,17 @@ def audit(
     drained = pc.max(tables.read(source, version=version, columns=[SEQUENCE]).column(SEQUENCE)).as_py() or 0
     # A drained duplicate leaves no row, so the drain's own marker may be further on.
     drained = max(drained, tables.marker(source, "drain/events") or 0)
-    ready = ours.filter(pc.less_equal(ours.column("sequence"), drained))
+    sequences = np.column_stack([ours.column("sequence").to_numpy(), _matrix(ours, "others", 2 * len(beside))[:, 1::2]])
+    ready = ours.filter(pa.array((sequences <= drained).all(axis=1)))
     found: dict[str, list[np.ndarray]] = {}
     examples: list[Difference] = []
     mismatched = imputed = 0
-    for generation in sorted(ready.column("generation").unique().to_pylist()):
-        part = ready.filter(pc.equal(ready.column("generation"), generation))
-        events = _visible(plan, tables, source, version, generations(generation), part)
+    snapshots = _Snapshots(plan.contract, tables, source, version)
+    for part in _of_one_snapshot(ready):
         logged = _matrix(part, "stored", len(plan.features))
         put_in = _matrix(part, "status", len(plan.features)) == Status.IMPUTED
         imputed += int(put_in.sum())
-        stored = np.where(put_in, logged, _recompute(plan, events, part))
+        stored = np.where(put_in, logged, _recompute(use_case, plan, snapshots, states, part))
         numeric = _numeric(use_case, stored, part)
         names = (*plan.features, *use_case.model.numeric)
         served = np.column_stack([logged, _matrix(part, "numeric", width)])
@@ -143,32 +145,60 @@ def different_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Visible:
-    """Rows of a generation's table version (rank 0) and the log's rows after it (rank: their sequence)."""
+class _Snapshots:
+    """What a state could see of the events table ``source``, read in its ``version``."""
 
-    columns: EventColumns
-    ranks: np.ndarray
+    contract: Contract
+    tables: Tables
+    source: str
+    version: int
+
+    def visible(self, base: int, wanted: pc.Expression) -> tuple[pa.Table, np.ndarray]:
+        """Rows of the table version ``base`` and the log's after it, with their ranks int64: 0, or the sequence."""
+        newest = self.tables.read(self.source, version=self.version, filter=wanted)
+        if base == NO_TABLE:
+            rows, before = newest.slice(0, 0), 0
+        else:
+            rows = self.tables.read(self.source, version=base, filter=wanted)
+            held = self.tables.read(self.source, version=base, columns=[SEQUENCE]).column(SEQUENCE)
+            before = pc.max(held).as_py() or 0
+        later = newest.filter(pc.greater(newest.column(SEQUENCE), before))
+        ranks = np.concatenate([np.zeros(rows.num_rows, np.int64), later.column(SEQUENCE).to_numpy()])
+        return pa.concat_tables([rows, later]), ranks
 
 
-def _visible(plan: Plan, tables: Tables, source: str, version: int, base: int, part: pa.Table) -> _Visible:
-    wanted = pc.field(plan.contract.entity).isin(part.column("entity").unique())
-    newest = tables.read(source, version=version, filter=wanted)
-    if base == NO_TABLE:
-        rows, before = newest.slice(0, 0), 0
-    else:
-        rows = tables.read(source, version=base, filter=wanted)
-        held = tables.read(source, version=base, columns=[SEQUENCE]).column(SEQUENCE)
-        before = pc.max(held).as_py() or 0
-    later = newest.filter(pc.greater(newest.column(SEQUENCE), before))
-    ranks = np.concatenate([np.zeros(rows.num_rows, np.int64), later.column(SEQUENCE).to_numpy()])
-    return _Visible(event_columns(plan, pa.concat_tables([rows, later])), ranks)
+def _of_one_snapshot(predictions: pa.Table) -> Iterator[pa.Table]:
+    """The predictions by the generations that they were made from."""
+    generations = [
+        (own, *others[::2])
+        for own, others in zip(
+            predictions.column("generation").to_pylist(), predictions.column("others").to_pylist(), strict=True
+        )
+    ]
+    for wanted in sorted(set(generations)):
+        yield predictions.filter(pa.array([found == wanted for found in generations]))
 
 
-def _recompute(plan: Plan, visible: _Visible, part: pa.Table) -> np.ndarray:
-    """Stored features of every row of ``part``, float64[n, s]."""
-    asked = places(visible.columns, np.array(part.column("entity").to_pylist(), dtype=object))
-    reads = Reads(asked, instants(part, "_time"), part.column("sequence").to_numpy())
-    return sweep(plan, visible.columns, visible.ranks, reads).values
+def _recompute(
+    use_case: UseCase, plan: Plan, snapshots: _Snapshots, states: Sequence[Projection], part: pa.Table
+) -> np.ndarray:
+    """Stored features of every row of ``part``, all of one generation of each state, float64[n, s]."""
+    times, entity = instants(part, "_time"), pc.field(plan.contract.entity)
+    base = states[0].generation(part.column("generation")[0].as_py())
+    table, ranks = snapshots.visible(base, entity.isin(part.column("entity").unique()))
+    columns = event_columns(plan, table)
+    asked = places(columns, np.array(part.column("entity").to_pylist(), dtype=object))
+    swept = sweep(plan, columns, ranks, Reads(asked, times, part.column("sequence").to_numpy()))
+    if not use_case.view.neighbours:
+        return swept.values
+    inputs, others = inputs_of(use_case, part), _matrix(part, "others", 2 * len(states[1:]))
+    since = int(times.min()) - microseconds(max(near.within for near in use_case.view.neighbours))
+    recent = pc.field(plan.contract.time) > pa.scalar(since, pa.int64()).cast(INSTANT)
+    for turn, near in enumerate(use_case.view.neighbours):
+        table, ranks = snapshots.visible(states[1 + turn].generation(int(others[0, 2 * turn])), recent)
+        reads = Reads(asked, times, others[:, 2 * turn + 1].astype(np.int64))
+        fill_neighbours(plan, swept, near, table, ranks, inputs, reads)
+    return swept.values
 
 
 def _numeric(use_case: UseCase, stored: np.ndarray, part: pa.Table) -> np.ndarray:
@@ -179,6 +209,6 @@ def _numeric(use_case: UseCase, stored: np.ndarray, part: pa.Table) -> np.ndarra
 
 
 def _matrix(part: pa.Table, name: str, width: int) -> np.ndarray:
-    """A list column of equal lengths as float64[n, width]; a null in a list becomes NaN."""
+    """A list column of equal lengths as [n, width]; a null in a list becomes NaN."""
     flat: np.ndarray = part.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(part.num_rows, width)

@@ -4,6 +4,9 @@ A bucket holds whole entities, so its examples depend on its own events alone. T
 the bucket's data files, and a new version of the events table costs only the buckets that it touched. A bucket of
 many rows is made in slices of request time: a window reaches back a known span, and tiles are aligned to absolute
 time, so slices give the same bits as the whole, side by side and in bounded memory.
+
+Where the view has neighbours, which may lie in any bucket, a bucket's examples depend on all events: each slice then
+reads the events of its time in all buckets, and every new version of the events table is made anew.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +27,7 @@ from cluster.settings import Settings
 from cluster.tables import DataFile, Tables
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, INSTANT
+from pipelines.features.neighbours import columns_of
 from pipelines.features.offline import build_examples, examples_schema
 from pipelines.features.windows import compile_plan, instants, view_fingerprint
 from pipelines.spec import UseCase
@@ -79,7 +83,7 @@ def backfill(
     source, name = events_table(use_case), training_table(use_case)
     version = tables.version(source) if events_version is None else events_version
     tables.ensure(name, _schema(use_case), partition_by=[BUCKET, SOURCE])
-    events = _buckets(tables, source, version)
+    events = _buckets(use_case, tables, version)
     wanted, buckets = {bucket.source: bucket for bucket in events}, 0
     while True:
         # Whoever commits first is right; the loser looks again at what is missing.
@@ -115,7 +119,7 @@ def training_rows(
     Raises ``NoTrainingRows`` when any of them have not been made in ``table_version`` (None: the newest).
     """
     name = training_table(use_case)
-    sources = {bucket.source for bucket in _buckets(tables, events_table(use_case), events_version)}
+    sources = {bucket.source for bucket in _buckets(use_case, tables, events_version)}
     lacking = sources - _present(tables, name, table_version) if tables.exists(name) else sources
     if lacking:
         raise NoTrainingRows(
@@ -153,24 +157,29 @@ class _Job:
     events_version: int
 
     def __call__(self, task: _Task) -> DataFile:
-        use_case, time_field = self.use_case, self.use_case.contract.time
-        first, needed = None, None
-        if task.since is not None and task.until is not None:
-            reach = compile_plan(use_case.view, use_case.contract).behind_us
-            horizon = microseconds(use_case.model.target.horizon)
-            since, until = (
-                pa.scalar(at, pa.int64()).cast(INSTANT) for at in (task.since - reach, task.until + horizon)
-            )
-            needed = (pc.field(time_field) >= since) & (pc.field(time_field) < until)
-            first = self._first_events(task.bucket)
-        events = self.tables.read(
-            events_table(use_case), version=self.events_version, partition={BUCKET: [task.bucket]}, filter=needed
-        )
-        rows = build_examples(use_case, events, since=task.since, until=task.until, first=first)
+        use_case, view = self.use_case, self.use_case.view
+        first = None if task.since is None else self._first_events(task.bucket)
+        reach = compile_plan(view, use_case.contract).behind_us
+        events = self._events(task, reach, partition={BUCKET: [task.bucket]})
+        everywhere = None
+        if view.neighbours:
+            within = microseconds(max(near.within for near in view.neighbours))
+            everywhere = self._events(task, within, columns=columns_of(use_case.contract, view.neighbours))
+        rows = build_examples(use_case, events, since=task.since, until=task.until, first=first, everywhere=everywhere)
         rows = rows.append_column(BUCKET, pa.repeat(pa.scalar(task.bucket, pa.int32()), rows.num_rows))
         rows = rows.append_column(SOURCE, pa.repeat(pa.scalar(task.source), rows.num_rows))
         name = training_table(use_case)
         return self.tables.write_file(name, rows, partition={BUCKET: task.bucket, SOURCE: task.source})
+
+    def _events(self, task: _Task, reach_us: int, **of: Any) -> pa.Table:
+        """The events that requests of the task may see, when they see ``reach_us`` back; all where it has no bounds."""
+        needed, at = None, pc.field(self.use_case.contract.time)
+        if task.since is not None and task.until is not None:
+            horizon = microseconds(self.use_case.model.target.horizon)
+            edges = (task.since - reach_us, task.until + horizon)
+            since, until = (pa.scalar(edge, pa.int64()).cast(INSTANT) for edge in edges)
+            needed = (at >= since) & (at < until)
+        return self.tables.read(events_table(self.use_case), version=self.events_version, filter=needed, **of)
 
     def _first_events(self, bucket: int) -> Mapping[str, int]:
         entity, at = self.use_case.contract.entity, self.use_case.contract.time
@@ -181,14 +190,16 @@ class _Job:
         return dict(zip(found.column(entity).to_pylist(), instants(found, f"{at}_min").tolist(), strict=True))
 
 
-def _buckets(tables: Tables, source: str, version: int) -> list[_Bucket]:
-    """The buckets of one version of an events table, by number."""
+def _buckets(use_case: UseCase, tables: Tables, version: int) -> list[_Bucket]:
+    """The buckets of one version of the events table, by number."""
     held: dict[int, list[tuple[str, int]]] = {}
-    for entry in tables.entries(source, version):
+    for entry in tables.entries(events_table(use_case), version):
         held.setdefault(int(entry.partition[BUCKET]), []).append((entry.path, entry.rows))
+    everywhere = [path for files in held.values() for path, _ in files] if use_case.view.neighbours else []
     buckets = []
     for number, files in sorted(held.items()):
-        digest = blake2b("\n".join(path for path, _ in sorted(files)).encode(), digest_size=8)
+        made_of = everywhere or [path for path, _ in files]
+        digest = blake2b("\n".join([str(number), *sorted(made_of)]).encode(), digest_size=8)
         buckets.append(_Bucket(number, digest.hexdigest(), sum(rows for _, rows in files)))
     return buckets
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -138,7 +139,7 @@ def compile_plan(view: FeatureView, contract: Contract) -> Plan:
             windows.append((series, window.tiles, outs))
     lags = [
         (_Series(lag.field, microseconds(lag.hop), families.LATEST), lag.offset // lag.hop, place)
-        for place, lag in enumerate(view.lags, start=len(view.stored) - len(view.lags))
+        for place, lag in enumerate(view.lags, start=len(view.of_entity) - len(view.lags))
     ]
     spans: dict[_Series, int] = {}
     for series, span in (*((w[0], w[1]) for w in windows), *((lag[0], lag[1]) for lag in lags)):
@@ -203,6 +204,7 @@ def view_fingerprint(view: FeatureView, contract: Contract) -> str:
         view.inputs,
         (calendar.zone, microseconds(calendar.ahead), calendar.parts) if calendar else None,
         [(name, trace.text) for name, trace in derived.traces(view).items()],
+        *(near.model_dump_json() for near in view.neighbours),
     )
 
 
@@ -216,7 +218,7 @@ def event_columns(plan: Plan, events: pa.Table) -> EventColumns:
     """The columns of ``events`` (events table rows) that ``plan`` folds; a null value becomes NaN."""
     values = np.empty((events.num_rows, len(plan.fields)), dtype=np.float64)
     for place, name in enumerate(plan.fields):
-        values[:, place] = _numbers(events.column(name))
+        values[:, place] = numbers(events.column(name))
     encoded = events.column(plan.contract.entity).combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = sorted(found)
@@ -233,16 +235,23 @@ def event_columns(plan: Plan, events: pa.Table) -> EventColumns:
     )
 
 
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A column as float64, NaN for null; a string as 53 bits of its XXH3, which is all that its folds ask for."""
+def number_of(value: Any) -> float:
+    """One value as ``numbers`` has it."""
+    if isinstance(value, str):
+        return float(xxhash.xxh3_64_intdigest(value.encode()) >> 11)
+    return np.nan if value is None else float(value)
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as float64, NaN for null; a string as 53 bits of its XXH3, which is all that is asked of it."""
     if not pa.types.is_string(column.type):
         found: np.ndarray = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
         return found
     encoded = column.combine_chunks().dictionary_encode()
-    hashes = [float(xxhash.xxh3_64_intdigest(text.encode()) >> 11) for text in encoded.dictionary.to_pylist()]
+    hashes = [number_of(text) for text in encoded.dictionary.to_pylist()]
     places = pc.fill_null(encoded.indices, len(hashes)).to_numpy(zero_copy_only=False)
-    numbers: np.ndarray = np.array([*hashes, np.nan])[places]
-    return numbers
+    hashed: np.ndarray = np.array([*hashes, np.nan])[places]
+    return hashed
 
 
 def take(columns: EventColumns, rows: np.ndarray) -> EventColumns:

@@ -2,7 +2,7 @@
 
 from pipelines.spec.contract import Contract, Field, FieldType
 from pipelines.spec.fallback import Fallback
-from pipelines.spec.features import Calendar, Derived, FeatureView, Fold, Lag, Window
+from pipelines.spec.features import Calendar, Derived, FeatureView, Fold, Lag, Neighbours, Window
 from pipelines.spec.model import Gate, ModelSpec, Split, Target
 from pipelines.spec.release import CanaryStep, Labels, ReleasePolicy, Shadow
 from pipelines.spec.retraining import DecayRule, DriftRule, RetrainPolicy, SearchSpace
@@ -24,6 +24,7 @@ __all__ = [
     "Labels",
     "Lag",
     "ModelSpec",
+    "Neighbours",
     "ReleasePolicy",
     "RetrainPolicy",
     "SearchSpace",

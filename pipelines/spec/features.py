@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
@@ -105,6 +106,55 @@ class Lag(Spec):
         return f"{self.field}_lag_{duration_label(self.offset)}"
 
 
+NEIGHBOUR_FOLDS = frozenset({Fold.SUM, Fold.MEAN, Fold.MIN, Fold.MAX, Fold.STD})
+
+
+class Neighbours(Spec):
+    """The ``k`` nearest comparable events of any entity in the past ``within``, as of the request.
+
+    ``longitude`` and ``latitude`` (degrees), ``match`` and ``similar`` are contract fields that events carry and that a
+    request gives as inputs of the view. An event is comparable when it lies at most ``radius`` metres away, when all
+    fields of ``match`` are equal, and when each field of ``similar``, whose values are positive, is at most that many
+    times larger or smaller. A place or a field without a value compares with nothing. The features are the folds of
+    ``fields`` over the values of the chosen events, how many events were chosen, and their mean distance in metres.
+    """
+
+    name: str = PydanticField(pattern=r"^[a-z][a-z0-9_]*$")
+    k: int = PydanticField(ge=1, le=100)
+    within: timedelta
+    radius: float = PydanticField(ge=1, le=100_000)
+    longitude: str = "longitude"
+    latitude: str = "latitude"
+    match: tuple[str, ...] = ()
+    similar: tuple[tuple[str, float], ...] = ()
+    fields: tuple[str, ...] = ()
+    folds: tuple[Fold, ...] = (Fold.MEAN,)
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.within <= timedelta(0):
+            raise ValueError(f"neighbours {self.name!r}: within {self.within} must be positive")
+        if odd := sorted(set(self.folds) - NEIGHBOUR_FOLDS):
+            raise ValueError(f"neighbours {self.name!r} have no folds {odd}; there are {sorted(NEIGHBOUR_FOLDS)}")
+        if low := [name for name, times in self.similar if not 1 <= times < math.inf]:
+            raise ValueError(f"neighbours {self.name!r}: {low} must be similar within a finite factor of at least 1")
+        for what, names in (("match", self.match), ("similar", [n for n, _ in self.similar]), ("fields", self.fields)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"neighbours {self.name!r} name one of {what} twice: {list(names)}")
+        return self
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The inputs that a request is compared by: longitude, latitude, ``match``, ``similar``."""
+        return (self.longitude, self.latitude, *self.match, *(name for name, _ in self.similar))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Its names, such as ``near_count``, ``near_distance``, ``near_price_mean``."""
+        folded = (f"{self.name}_{field}_{fold}" for field in self.fields for fold in self.folds)
+        return (f"{self.name}_count", f"{self.name}_distance", *folded)
+
+
 class Calendar(Spec):
     """Calendar columns of the request time plus ``ahead``, in ``zone`` (daylight saving included).
 
@@ -144,6 +194,7 @@ class FeatureView(Spec):
     name: str
     windows: tuple[Window, ...] = ()
     lags: tuple[Lag, ...] = ()
+    neighbours: tuple[Neighbours, ...] = ()
     inputs: tuple[str, ...] = ()
     calendar: Calendar | None = None
     derived: tuple[Derived, ...] = ()
@@ -159,9 +210,20 @@ class FeatureView(Spec):
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """Names of the features kept in entity state, in the order of every stored vector."""
+        """Names of the features that are made of events, in the order of every stored vector."""
+        return (*self.of_entity, *(name for near in self.neighbours for name in near.features))
+
+    @property
+    def of_entity(self) -> tuple[str, ...]:
+        """Those of ``stored`` that an entity has without a request: its first ones."""
         windowed = (window.feature(fold) for window in self.windows for fold in window.folds)
         return (*windowed, *(lag.feature for lag in self.lags))
+
+    @property
+    def beside(self) -> tuple[tuple[Neighbours, slice], ...]:
+        """The neighbours, and where in every stored vector their features are."""
+        at = len(self.of_entity)
+        return tuple((near, slice(at, at := at + len(near.features))) for near in self.neighbours)
 
     @property
     def calendar_columns(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from pipelines.spec.base import Spec
 from pipelines.spec.contract import Contract, FieldType
 from pipelines.spec.fallback import Fallback
-from pipelines.spec.features import FOLDS_OF_STRINGS, FeatureView
+from pipelines.spec.features import FOLDS_OF_STRINGS, FeatureView, Neighbours
 from pipelines.spec.model import Gate, ModelSpec
 from pipelines.spec.release import ReleasePolicy
 from pipelines.spec.retraining import RetrainPolicy
@@ -44,6 +44,8 @@ class UseCase(Spec):
                 number(f"field of {', '.join(map(str, window.folds))}", window.field)
         for lag in self.view.lags:
             number("lagged field", lag.field)
+        for near in self.view.neighbours:
+            self._neighbours_fit(near)
         number("target", self.model.target.field)
         strings, columns = {self.contract.entity}, set(self.view.stored) | set(self.view.calendar_columns)
         for name in self.view.inputs:
@@ -76,6 +78,18 @@ class UseCase(Spec):
         if self.fallback is not None:
             self._ladder_fits(self.fallback)
         return self
+
+    def _neighbours_fit(self, near: Neighbours) -> None:
+        who = f"use case {self.name!r}, neighbours {near.name!r}"
+        if missing := sorted(set(near.asked) - set(self.view.inputs)):
+            raise ValueError(f"{who}: {missing} must be inputs of the view, because a request is compared by them")
+        for name in (near.longitude, near.latitude, *(name for name, _ in near.similar), *near.fields):
+            if self.contract.field(name).type not in _NUMBERS:
+                raise ValueError(f"{who}: {name!r} must be a number")
+        for name, most in ((near.longitude, 180.0), (near.latitude, 85.0)):
+            low, high = self.contract.field(name).limits
+            if low < -most or high > most:
+                raise ValueError(f"{who}: the contract must keep {name!r} between {-most:g} and {most:g} degrees")
 
     def _ladder_fits(self, fallback: Fallback) -> None:
         field = self.model.target.field
