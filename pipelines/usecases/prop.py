@@ -17,6 +17,7 @@ from pipelines.spec import (
     Gate,
     Labels,
     ModelSpec,
+    Neighbours,
     ReleasePolicy,
     RetrainPolicy,
     SearchSpace,
@@ -48,7 +49,7 @@ CONTRACT = Contract(
         Field(name="effective_age", type=FieldType.INTEGER, minimum=0, maximum=300, unit="years"),
         Field(name="waterfront", type=FieldType.BOOLEAN),
         Field(name="longitude", type=FieldType.FLOAT, minimum=-180, maximum=180, unit="deg"),
-        Field(name="latitude", type=FieldType.FLOAT, minimum=-90, maximum=90, unit="deg"),
+        Field(name="latitude", type=FieldType.FLOAT, minimum=-85, maximum=85, unit="deg"),
     ),
     entity="area",
     time="sold_at",
@@ -67,6 +68,11 @@ def anchor_value(price_mean_360d, living_area_mean_360d, living_area, price_coun
     # An area without sales in the past year: a flat price per square foot, corrected by the network.
     value = price_mean_360d / living_area_mean_360d * living_area
     return np.where(np.greater(price_count_360d, 0), value, 250.0 * living_area)
+
+
+def comparables(near_price_mean, near_living_area_mean, price_mean_360d, living_area_mean_360d):
+    # What the nearest comparable sales paid per square foot, against their area.
+    return np.log((near_price_mean / near_living_area_mean) / (price_mean_360d / living_area_mean_360d))
 
 
 def log_living(living_area):
@@ -102,7 +108,8 @@ def year_cos(yearday):
 
 
 DERIVED = (
-    area_value, anchor_value, log_living, log_lot, relative_size, momentum, area_spread, activity, year_sin, year_cos,
+    area_value, anchor_value, comparables, log_living, log_lot, relative_size, momentum, area_spread, activity,
+    year_sin, year_cos,
 )  # fmt: skip
 
 VIEW = FeatureView(
@@ -111,6 +118,12 @@ VIEW = FeatureView(
         Window(field="price", length=90 * DAY, hop=DAY, folds=(Fold.COUNT, Fold.MEAN)),
         Window(field="price", length=360 * DAY, hop=10 * DAY, folds=(Fold.COUNT, Fold.MEAN, Fold.STD)),
         Window(field="living_area", length=360 * DAY, hop=10 * DAY, folds=(Fold.MEAN,)),
+    ),
+    neighbours=(
+        Neighbours(
+            name="near", k=10, within=360 * DAY, radius=2_000, match=("home_type",), similar=(("living_area", 1.5),),
+            fields=("price", "living_area"), folds=(Fold.MEAN,),
+        ),
     ),
     inputs=(
         "home_type", "living_area", "lot_area", "bedrooms", "bathrooms", "grade", "age", "effective_age",
@@ -131,8 +144,9 @@ USE_CASE = UseCase(
         target=Target(field="price"),
         transform="log",
         numeric=(
-            "log_living", "log_lot", "relative_size", "momentum", "area_spread", "activity", "bedrooms", "bathrooms",
-            "grade", "age", "effective_age", "waterfront", "longitude", "latitude", "year_sin", "year_cos", "days",
+            "log_living", "log_lot", "comparables", "relative_size", "momentum", "area_spread", "activity", "bedrooms",
+            "bathrooms", "grade", "age", "effective_age", "waterfront", "longitude", "latitude", "year_sin", "year_cos",
+            "days",
         ),
         categorical=("area", "home_type"),
         anchor="anchor_value",
