@@ -49,7 +49,7 @@ def audit_lately(
 ) -> SkewReport:
     """Audits the predictions of the time ``lately`` whose id's hash falls into ``share`` (0 to 1) of all hashes.
 
-    ``states`` are the ``OnlineState.projections`` that they were answered from.
+    ``states`` are the ``OnlineState.states`` that they were answered from.
     Opens the alert ``feature_skew`` when a value differs, and resolves it when some were checked and none does.
     """
     name = predictions_table(use_case)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_case,
         tables=Tables(settings.tables_url, settings.storage_options),
         database=database,
-        states=state.projections,
+        states=state.states,
         clock=open_clock(settings),
         lately=timedelta(hours=chosen.hours),
         share=chosen.share,

@@ -24,12 +24,13 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.enforce import events_table
-from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT
+from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT, events_schema
 from pipelines.contracts.leases import events_lease
 from pipelines.drain import EVENTS
 from pipelines.features.online import open_log, open_state
+from pipelines.features.projection import Projection
 from pipelines.features.training_table import backfill
-from pipelines.spec import UseCase
+from pipelines.spec import EventSource, UseCase
 
 _REMEMBERED_AT_ONCE = 10_000  # others cannot append during a transaction: keep it short
 
@@ -55,17 +56,36 @@ def materialize(
     in memory. First the log learns the ids of all rows that could still reach state, so an event that came with a
     load is not taken again over HTTP.
     """
-    source = events_table(use_case)
-    log = open_log(settings, use_case)
     state = open_state(settings, use_case)
     try:
-        with events_lease(database, use_case, f"materialize/{uuid.uuid4().hex}") as still_held:
-            version = tables.version(source)
-            drained = tables.marker(source, f"drain/{EVENTS}") or 0
-            held = sorted(tables.read(source, version=version, columns=[BUCKET]).column(BUCKET).unique().to_pylist())
+        version = _rebuild(use_case, state.projections, tables, database, settings, clock)
+        for dimension in state.dimensions:
+            tables.ensure(events_table(dimension.source), events_schema(dimension.contract), [BUCKET])
+            _rebuild(dimension.source, (dimension,), tables, database, settings, clock)
+        return Materialized(state.position()[0], version, state.applied(), state.entities(), clock.now())
+    finally:
+        state.close()
+
+
+def _rebuild(
+    source: EventSource,
+    states: Sequence[Projection],
+    tables: Tables,
+    database: Database,
+    settings: Settings,
+    clock: Clock,
+) -> int:
+    """Rebuilds states of one source, one after the other, and returns the version of its table that they are of."""
+    table = events_table(source)
+    log = open_log(settings, source)
+    try:
+        with events_lease(database, source, f"materialize/{uuid.uuid4().hex}") as still_held:
+            version = tables.version(table)
+            drained = tables.marker(table, f"drain/{EVENTS}") or 0
+            held = sorted(tables.read(table, version=version, columns=[BUCKET]).column(BUCKET).unique().to_pylist())
             oldest = pa.scalar(clock.now() - log.remember_us, pa.int64()).cast(INSTANT)
             for bucket in held:
-                rows = tables.read(source, version=version, columns=[EVENT_ID, KNOWN_AT], partition={BUCKET: [bucket]})
+                rows = tables.read(table, version=version, columns=[EVENT_ID, KNOWN_AT], partition={BUCKET: [bucket]})
                 recent = rows.filter(pc.greater_equal(rows.column(KNOWN_AT), oldest)).column(EVENT_ID).to_pylist()
                 for start in range(0, len(recent), _REMEMBERED_AT_ONCE):
                     known = [identity.encode() for identity in recent[start : start + _REMEMBERED_AT_ONCE]]
@@ -74,13 +94,12 @@ def materialize(
             still_held()
 
             def read(bucket: int) -> pa.Table:
-                return tables.read(source, version=version, partition={BUCKET: [bucket]})
+                return tables.read(table, version=version, partition={BUCKET: [bucket]})
 
-            for projection in state.projections:
-                projection.materialize(_read_ahead(read, held), version, log, EVENTS, drained)
-        return Materialized(state.position()[0], version, state.applied(), state.entities(), clock.now())
+            for state in states:
+                state.materialize(_read_ahead(read, held), version, log, EVENTS, drained)
+        return version
     finally:
-        state.close()
         log.close()
 
 

@@ -21,7 +21,7 @@ from cluster.tables import Tables
 from pipelines.contracts import enforce, events, leases, rules
 from pipelines.contracts.datasets import unique_keys
 from pipelines.features.served import OUTCOME_SCHEMA, SERVED_SCHEMA, outcomes_table, predictions_table
-from pipelines.spec import UseCase
+from pipelines.spec import EventSource
 
 EVENTS, QUARANTINE, PREDICTIONS, OUTCOMES = "events", "quarantine", "predictions", "outcomes"
 LOAD_ID = "drain"
@@ -46,7 +46,7 @@ def _nothing() -> None:
 
 
 def drain(
-    use_case: UseCase,
+    source: EventSource,
     log: Log,
     tables: Tables,
     settings: Settings,
@@ -65,10 +65,10 @@ def drain(
     nothing after it is drained.
     """
     names = {
-        EVENTS: enforce.events_table(use_case),
-        QUARANTINE: enforce.quarantine_table(use_case),
-        PREDICTIONS: predictions_table(use_case),
-        OUTCOMES: outcomes_table(use_case),
+        EVENTS: enforce.events_table(source),
+        QUARANTINE: enforce.quarantine_table(source),
+        PREDICTIONS: predictions_table(source),
+        OUTCOMES: outcomes_table(source),
     }
     schemas = {QUARANTINE: events.QUARANTINE_SCHEMA, PREDICTIONS: SERVED_SCHEMA, OUTCOMES: OUTCOME_SCHEMA}
     rows, versions, duplicates = dict.fromkeys(names, 0), {}, 0
@@ -77,14 +77,14 @@ def drain(
         if through < log.first(stream):
             continue
         if stream == EVENTS:
-            tables.ensure(name, events.events_schema(use_case.contract), [events.BUCKET])
+            tables.ensure(name, events.events_schema(source.contract), [events.BUCKET])
             tables.ensure(names[QUARANTINE], events.QUARANTINE_SCHEMA)
         else:
             tables.ensure(name, schemas[stream])
         done = tables.marker(name, f"drain/{stream}") or 0
         if done >= log.first(stream):  # an earlier drain died between its commit and its trim
             if stream == EVENTS:
-                duplicates += _recover(use_case, log, tables, done)
+                duplicates += _recover(source, log, tables, done)
             log.trim(stream, done)
         while done < through:
             records = log.read(stream, done, min(settings.drain_rows, through - done))
@@ -92,8 +92,8 @@ def drain(
                 break
             last = records[-1].sequence
             if stream == EVENTS:
-                table = _event_rows(use_case, settings, records)
-                keep = _new(use_case, tables, table)
+                table = _event_rows(source, settings, records)
+                keep = _new(source, tables, table)
                 table = table.filter(pa.array(keep))
             else:
                 table = _decode(schemas[stream], stream, records)
@@ -101,14 +101,14 @@ def drain(
             versions[stream] = tables.append(name, table, f"drain/{stream}", last).version
             rows[stream] += table.num_rows
             if stream == EVENTS:
-                duplicates += _refuse(use_case, tables, [r for r, new in zip(records, keep, strict=True) if not new])
+                duplicates += _refuse(source, tables, [r for r, new in zip(records, keep, strict=True) if not new])
             log.trim(stream, last)
             done = last
     return Drained({stream: count for stream, count in rows.items() if count}, duplicates, versions)
 
 
 def drain_once(
-    use_case: UseCase,
+    source: EventSource,
     log: Log,
     tables: Tables,
     database: Database,
@@ -118,15 +118,15 @@ def drain_once(
     stop_at: Mapping[str, int] | None = None,
 ) -> Drained | None:
     """``drain`` under the lease of the use case; None, and nothing done, while another holds it."""
-    if not leases.try_events(database, use_case, holder):
+    if not leases.try_events(database, source, holder):
         return None
-    with leases.events_lease(database, use_case, holder) as still_held:
-        return drain(use_case, log, tables, settings, stop_at=stop_at, before_commit=still_held)
+    with leases.events_lease(database, source, holder) as still_held:
+        return drain(source, log, tables, settings, stop_at=stop_at, before_commit=still_held)
 
 
-def _event_rows(use_case: UseCase, settings: Settings, records: Sequence[LogRecord]) -> pa.Table:
+def _event_rows(source: EventSource, settings: Settings, records: Sequence[LogRecord]) -> pa.Table:
     return events.decode_events(
-        use_case.contract,
+        source.contract,
         [record.value for record in records],
         [record.known_at_us for record in records],
         [record.sequence for record in records],
@@ -135,14 +135,14 @@ def _event_rows(use_case: UseCase, settings: Settings, records: Sequence[LogReco
     )
 
 
-def _new(use_case: UseCase, tables: Tables, rows: pa.Table) -> np.ndarray:
+def _new(source: EventSource, tables: Tables, rows: pa.Table) -> np.ndarray:
     """bool[n]: which rows' event ids the table does not have yet."""
-    contract, span = use_case.contract, None
+    contract, span = source.contract, None
     if contract.time in contract.key:
         extent = pc.min_max(rows.column(contract.time))
         span = (pc.field(contract.time) >= extent["min"]) & (pc.field(contract.time) <= extent["max"])
     held = tables.read(
-        enforce.events_table(use_case),
+        enforce.events_table(source),
         columns=[events.EVENT_ID],
         filter=span,
         partition={events.BUCKET: pc.unique(rows.column(events.BUCKET)).to_pylist()},
@@ -150,21 +150,21 @@ def _new(use_case: UseCase, tables: Tables, rows: pa.Table) -> np.ndarray:
     return unique_keys(rows.column(events.EVENT_ID).combine_chunks(), held.column(events.EVENT_ID))
 
 
-def _recover(use_case: UseCase, log: Log, tables: Tables, done: int) -> int:
+def _recover(source: EventSource, log: Log, tables: Tables, done: int) -> int:
     """Quarantines the records up to ``done`` that are not in the table: they were refused as duplicates."""
     records = log.read(EVENTS, 0, done - log.first(EVENTS) + 1)
     shown = (pc.field(events.SEQUENCE) >= records[0].sequence) & (pc.field(events.SEQUENCE) <= done)
-    held = tables.read(enforce.events_table(use_case), columns=[events.SEQUENCE], filter=shown)
+    held = tables.read(enforce.events_table(source), columns=[events.SEQUENCE], filter=shown)
     committed = set(held.column(events.SEQUENCE).to_pylist())
-    return _refuse(use_case, tables, [record for record in records if record.sequence not in committed])
+    return _refuse(source, tables, [record for record in records if record.sequence not in committed])
 
 
-def _refuse(use_case: UseCase, tables: Tables, records: Sequence[LogRecord]) -> int:
+def _refuse(source: EventSource, tables: Tables, records: Sequence[LogRecord]) -> int:
     """Quarantines records as duplicates, once; how many there are."""
     if not records:
         return 0
     rows = enforce.quarantined(
-        use_case.contract,
+        source.contract,
         load_id=LOAD_ID,
         sources=["http"] * len(records),
         positions=np.array([record.sequence for record in records]),
@@ -172,7 +172,7 @@ def _refuse(use_case: UseCase, tables: Tables, records: Sequence[LogRecord]) -> 
         records=[record.value.decode() for record in records],
         at_us=max(record.known_at_us for record in records),
     )
-    tables.append(enforce.quarantine_table(use_case), rows, "drain/events/duplicates", records[-1].sequence)
+    tables.append(enforce.quarantine_table(source), rows, "drain/events/duplicates", records[-1].sequence)
     return len(records)
 
 

@@ -25,7 +25,7 @@ from pipelines import usecases
 from pipelines.contracts import enforce, events, sources
 from pipelines.contracts.datasets import Manifest, publishable, reconcile
 from pipelines.contracts.leases import events_lease
-from pipelines.spec import UseCase
+from pipelines.spec import EventSource
 from pipelines.spec.base import fingerprint
 
 Status = Literal["published", "refused", "already_published", "already_refused"]
@@ -48,7 +48,7 @@ class LoadReport:
 
 
 def ingest(
-    use_case: UseCase,
+    source: EventSource,
     names: Sequence[str],
     *,
     tables: Tables,
@@ -70,24 +70,24 @@ def ingest(
     began = time.monotonic()
     options = tables.storage_options
     found = sources.find(names, options)
-    load_id = load_id or sources.identity(use_case.contract, use_case.name, found, options)
-    event_table, quarantine_table = enforce.events_table(use_case), enforce.quarantine_table(use_case)
-    tables.ensure(event_table, events.events_schema(use_case.contract), [events.BUCKET])
+    load_id = load_id or sources.identity(source.contract, source.name, found, options)
+    event_table, quarantine_table = enforce.events_table(source), enforce.quarantine_table(source)
+    tables.ensure(event_table, events.events_schema(source.contract), [events.BUCKET])
     tables.ensure(quarantine_table, events.QUARANTINE_SCHEMA)
-    load = database.begin_load(load_id, use_case.name, event_table, clock.now())
+    load = database.begin_load(load_id, source.name, event_table, clock.now())
     if load.manifest is not None:
         done = {**load.manifest, "status": f"already_{load.status}", "seconds": time.monotonic() - began}
         return LoadReport(**done)
     staging = f"{tables.url}/_staging/{fingerprint(load_id)}"
     context = enforce.LoadContext(
-        contract=use_case.contract,
+        contract=source.contract,
         events=event_table,
         quarantine=quarantine_table,
         load_id=load_id,
         as_of_us=load.as_of_us,
         tables=tables,
         staging=f"{staging}/{uuid.uuid4().hex}",
-        names=tuple(source.name for source in found),
+        names=tuple(file.name for file in found),
         buckets=settings.buckets,
     )
     chosen = _engine(engine, found, settings, options)
@@ -95,7 +95,7 @@ def ingest(
     staged = _whole_files(context, enforce.run(chosen, partial(enforce.stage, context), splits))
     work = _buckets(staged)
     holder = f"load/{load_id}/{uuid.uuid4().hex}"
-    with events_lease(database, use_case, holder) as still_held:
+    with events_lease(database, source, holder) as still_held:
         report = _publish(context, chosen, staged, work, still_held)
     report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
     ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
@@ -189,15 +189,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.ingest", description=__doc__)
     parser.add_argument("usecase", choices=usecases.names())
     parser.add_argument("sources", nargs="+", help="files, directories or s3:// URIs of .parquet, .csv, .jsonl")
+    parser.add_argument("--dimension", help="load rows of this dimension of the view, instead of events")
     parser.add_argument("--load-id", help="by default a hash of the files' names and contents")
     parser.add_argument("--engine", choices=("auto", "arrow", "ray"), default="auto")
     given = parser.parse_args(arguments)
+    use_case = usecases.load(given.usecase)
+    dimensions = {dimension.name: dimension for dimension in use_case.view.dimensions}
+    if given.dimension is not None and given.dimension not in dimensions:
+        parser.error(f"use case {use_case.name!r} has no dimension {given.dimension!r}; it has {sorted(dimensions)}")
     settings = Settings.from_environment()
     _join_cluster(settings, given.engine)
     database = Database(settings.database_url)
     database.create()
     report = ingest(
-        usecases.load(given.usecase),
+        use_case if given.dimension is None else use_case.source(dimensions[given.dimension]),
         given.sources,
         tables=Tables(settings.tables_url, settings.storage_options),
         database=database,

@@ -82,7 +82,8 @@ def observe(use_case: UseCase, champion: str, *, tables: Tables, registry: Regis
     same_view = snapshot["view"] == view_fingerprint(use_case.view, use_case.contract)
     newest_us: int | None = None
     if policy.max_age is not None and same_view:
-        made = training_rows(use_case, tables, snapshot["events_version"], columns=[TIME])
+        dimensions = snapshot["dimensions"]
+        made = training_rows(use_case, tables, snapshot["events_version"], dimensions=dimensions, columns=[TIME])
         newest_us = pc.max(pc.cast(made.column(TIME), pa.int64())).as_py()
     return Observed(
         version=champion,
@@ -185,6 +186,7 @@ def _drift(use_case: UseCase, rule: DriftRule, snapshot: dict[str, Any], tables:
         training_version=snapshot["training_version"],
         events_version=snapshot["events_version"],
         view=snapshot["view"],
+        dimensions=snapshot["dimensions"],
     )
     reference = Rows(frame.time_us, frame.entity, {name: frame.columns[name] for name in rule.columns})
     served = _served(use_case, tables, now_us - rule.days * DAY_US, now_us)

@@ -101,12 +101,12 @@ def train(
     """
     seconds = _Stopwatch()
     filled = backfill(use_case, tables=tables, settings=settings, events_version=events_version)
-    snapshot = Snapshot(filled.events_version, filled.table_version, filled.view_fingerprint)
+    snapshot = Snapshot(filled.events_version, filled.table_version, filled.view_fingerprint, filled.dimensions)
     seconds.lap("backfill")
     # First, because too little history then fails here at once and not in a worker that Ray would start again.
     frame = load_examples(
         use_case, tables, training_version=snapshot.training_version, events_version=snapshot.events_version,
-        view=snapshot.view,
+        view=snapshot.view, dimensions=snapshot.dimensions,
     )  # fmt: skip
     parts = split(frame, use_case.model)
     seconds.lap("load")

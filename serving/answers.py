@@ -91,8 +91,10 @@ class Predictor:
         self._model = compile_model(contract, (contract.entity, *view.inputs), f"{use_case.name}_instance")
         self._numbers = [n for n in view.inputs if contract.field(n).type is not FieldType.STRING]
         self._strings = {contract.entity, *use_case.model.categorical}
-        self._stored, self._of_entity = view.stored, view.of_entity
-        self._compared = tuple(dict.fromkeys(name for near in view.neighbours for name in near.asked))
+        self._stored = view.stored
+        self._of_entity = _of_entity(use_case)
+        asked = [*(near.asked for near in view.neighbours), [dimension.key for dimension in view.dimensions]]
+        self._asked = tuple(dict.fromkeys(name for names in asked for name in names))
         self._fingerprint = view_fingerprint(view, contract)
 
     def parse(self, document: Any) -> list[dict[str, Any]]:
@@ -126,7 +128,7 @@ class Predictor:
         use_case, artifact = self._use_case, version.runner.artifact
         count = len(records)
         entities = [record[use_case.contract.entity] for record in records]
-        asked = {name: [record.get(name) for record in records] for name in self._compared}
+        asked = {name: [record.get(name) for record in records] for name in self._asked}
         read = self._reader.read(entities, now_us, asked)
         inputs = {
             name: np.array([np.nan if (v := record.get(name)) is None else v for record in records], dtype=np.float64)
@@ -251,14 +253,22 @@ class Predictor:
                     "age_seconds": age if np.isfinite(age) else None,
                 }
                 for name, value, status, age in zip(
-                    self._of_entity,
+                    self._stored,
                     read.values[0].tolist(),
                     read.status[0].tolist(),
                     read.age_s[0].tolist(),
-                    strict=False,
+                    strict=True,
                 )
+                if name in self._of_entity
             },
         }
+
+
+def _of_entity(use_case: UseCase) -> frozenset[str]:
+    """The stored features that need no more than the entity to be found."""
+    view, entity = use_case.view, use_case.contract.entity
+    own = [dimension.features for dimension in view.dimensions if dimension.key == entity]
+    return frozenset(view.of_entity).union(*own)
 
 
 def usable(artifact: Artifact, columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def _response(problem: Problem) -> Response:
 
 
 def build_api(gateway: Gateway) -> FastAPI:
-    """The app of one use case. ``predict`` and ``events`` are described here and answered by the gateway itself."""
+    """The app of one use case. ``predict`` and ``…/events`` are described here and answered by the gateway itself."""
     prefix = f"/v1/{gateway.use_case.name}"
     app = FastAPI(
         title=gateway.use_case.title,
@@ -86,6 +86,11 @@ def build_api(gateway: Gateway) -> FastAPI:
     @app.post("/events", dependencies=allow(Scope.INGEST), tags=["ingest"])
     async def events(body: wire.EventsRequest) -> wire.EventsResponse:
         """Takes events; each is acknowledged when it is durable, or quarantined with the rules it breaks."""
+        raise AssertionError("the gateway answers this route before FastAPI sees it")
+
+    @app.post("/dimensions/{name}/events", dependencies=allow(Scope.INGEST), tags=["ingest"])
+    async def dimension(name: str, body: wire.EventsRequest) -> wire.EventsResponse:
+        """Takes rows of a dimension, as ``events`` does events."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
     @app.post("/feedback", dependencies=allow(Scope.FEEDBACK), tags=["feedback"])

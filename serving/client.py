@@ -68,9 +68,10 @@ def _predict(instances: Sequence[Mapping[str, Any]], key: str | None) -> _Call[l
     return _Call("POST", "/predict", body, lambda a: PredictResponse.model_validate(a).predictions, headers=headers)
 
 
-def _events(events: Sequence[Mapping[str, Any]]) -> _Call[list[EventResult]]:
+def _events(events: Sequence[Mapping[str, Any]], dimension: str | None) -> _Call[list[EventResult]]:
     body = {"events": [dict(e) for e in events]}
-    return _Call("POST", "/events", body, lambda a: EventsResponse.model_validate(a).results)
+    path = "/events" if dimension is None else f"/dimensions/{dimension}/events"
+    return _Call("POST", path, body, lambda a: EventsResponse.model_validate(a).results)
 
 
 def _feedback(outcomes: Mapping[str, float]) -> _Call[int]:
@@ -177,9 +178,9 @@ class Client(_Connection):
         """
         return self._send(_predict(instances, idempotency_key))
 
-    def events(self, events: Sequence[Mapping[str, Any]]) -> list[EventResult]:
-        """One result per event, in order; accepted events are durable."""
-        return self._send(_events(events))
+    def events(self, events: Sequence[Mapping[str, Any]], dimension: str | None = None) -> list[EventResult]:
+        """One result per event, or per row of a dimension, in order; accepted ones are durable."""
+        return self._send(_events(events, dimension))
 
     def feedback(self, outcomes: Mapping[str, float]) -> int:
         """Sends outcomes by prediction id; returns how many were accepted."""
@@ -256,9 +257,9 @@ class AsyncClient(_Connection):
         """
         return await self._send(_predict(instances, idempotency_key))
 
-    async def events(self, events: Sequence[Mapping[str, Any]]) -> list[EventResult]:
-        """One result per event, in order; accepted events are durable."""
-        return await self._send(_events(events))
+    async def events(self, events: Sequence[Mapping[str, Any]], dimension: str | None = None) -> list[EventResult]:
+        """One result per event, or per row of a dimension, in order; accepted ones are durable."""
+        return await self._send(_events(events, dimension))
 
     async def feedback(self, outcomes: Mapping[str, float]) -> int:
         """Sends outcomes by prediction id; returns how many were accepted."""

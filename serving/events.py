@@ -26,7 +26,9 @@ from pipelines.contracts.events import LOAD_ID, encode_event, event_id
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.contracts.rules import as_json
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE, drain_once
-from pipelines.spec import UseCase
+from pipelines.features.dimensions import DimensionState
+from pipelines.features.online import open_log
+from pipelines.spec import EventSource
 from serving.problems import Problem
 
 SOURCE = "http"
@@ -37,11 +39,11 @@ class EventIntake:
     """Checks, logs and acknowledges events; also carries the records of predictions and outcomes."""
 
     def __init__(
-        self, use_case: UseCase, log: Log, clock: Clock, project: Callable[[], object], max_kept: int | None = None
+        self, source: EventSource, log: Log, clock: Clock, project: Callable[[], object], max_kept: int | None = None
     ) -> None:
         """``max_kept`` as of ``GroupCommit``."""
-        self._contract = use_case.contract
-        self._model = compile_model(use_case.contract)
+        self._contract = source.contract
+        self._model = compile_model(source.contract)
         self._clock = clock
         self._commit = GroupCommit(log, clock, after_commit=project, max_kept=max_kept)
 
@@ -140,7 +142,7 @@ class Drain:
 
     def __init__(
         self,
-        use_case: UseCase,
+        source: EventSource,
         log: Log,
         project: Callable[[], int],
         tables: Tables,
@@ -152,14 +154,14 @@ class Drain:
         self.failure: BaseException | None = None
 
         def turn() -> None:
-            done = drain_once(use_case, log, tables, database, settings, holder, stop_at={EVENTS: project()})
+            done = drain_once(source, log, tables, database, settings, holder, stop_at={EVENTS: project()})
             if done is not None and self.failure is not None:
-                alerts.resolve(ALERT, use_case.name, "the log reaches its tables again")
+                alerts.resolve(ALERT, source.name, "the log reaches its tables again")
                 self.failure = None
 
         def failed(error: OSError | DeltaError) -> None:
             self.failure = error
-            alerts.open(ALERT, use_case.name, f"the log does not reach its tables: {error}")
+            alerts.open(ALERT, source.name, f"the log does not reach its tables: {error}")
 
         self._turn, self._failed = turn, failed
         self._period = settings.drain_seconds
@@ -189,3 +191,33 @@ class Drain:
         """Stops after the turn that is under way."""
         self._stop.set()
         self._thread.join(timeout=10)
+
+
+class DimensionFeed:
+    """The way in of a dimension's rows: a log, an intake and a drain of their own."""
+
+    def __init__(
+        self,
+        state: DimensionState,
+        *,
+        settings: Settings,
+        clock: Clock,
+        tables: Tables,
+        database: Database,
+        alerts: Alerts,
+        holder: str,
+    ) -> None:
+        source, log = state.source, open_log(settings, state.source)
+
+        def project() -> int:
+            return state.project(log)
+
+        project()  # what an earlier process logged and did not live to apply
+        self.log = log
+        self.intake = EventIntake(source, log, clock, project, settings.log_rows)
+        self.drain = Drain(source, log, project, tables, database, settings, alerts, holder)
+
+    def close(self) -> None:
+        """Flushes the log and stops."""
+        self.intake.close()
+        self.drain.close()

@@ -28,7 +28,7 @@ from pipelines.features.state import StateError
 from pipelines.training.artifact import Prediction
 from serving.answers import Answered, Other, Predictor, Prepared
 from serving.auth import KeyRing, Scope
-from serving.events import Drain, EventIntake
+from serving.events import DimensionFeed, Drain, EventIntake
 from serving.following import Follower, Serving
 from serving.problems import Problem
 from serving.rollout.operators import Rollouts
@@ -73,6 +73,13 @@ class Gateway:
             self.alerts,
             self.holder,
         )
+        self.feeds = {
+            state.dimension.name: DimensionFeed(
+                state, settings=settings, clock=self.clock, tables=self.tables, database=self.database,
+                alerts=self.alerts, holder=self.holder,
+            )
+            for state in self.state.dimensions
+        }  # fmt: skip
         self.rollouts = Rollouts(usecase, settings, self.database, self.clock)
         self.follower = Follower(self.use_case, settings, self.database, self._warm)
         self.watch = Watch(self.use_case, self.state, self.alerts, self.clock) if self.use_case.fallback else None
@@ -151,15 +158,25 @@ class Gateway:
         self.predictor.warm(version, self.clock.now())
 
     async def ingest(self, scope: ASGIScope, receive: Receive) -> bytes:
-        """Checks the key, reads the body, acknowledges each event."""
+        """Checks the key, reads the body, acknowledges each event, or row of a dimension."""
         self.keys.require(header(scope, b"authorization"), Scope.INGEST)
+        intake = self._intake(scope["path"])
         document = await self._json(receive)
         events = document.get("events") if isinstance(document, dict) else None
         if not isinstance(events, list) or not events:
             raise Problem(400, "No events", 'Send {"events": [{…}, …]} with at least one event.')
         if len(events) > MAX_EVENTS:
             raise Problem(413, "Too many events", f"{len(events)} exceed {MAX_EVENTS} a request: send several.")
-        return orjson.dumps({"results": await self.intake.ingest(events)})
+        return orjson.dumps({"results": await intake.ingest(events)})
+
+    def _intake(self, path: str) -> EventIntake:
+        """The intake of ``…/events`` or of ``…/dimensions/{name}/events``."""
+        *_, kind, name, _ = ("", "", *path.split("/"))
+        if kind != "dimensions":
+            return self.intake
+        if name not in self.feeds:
+            raise Problem(404, "Unknown dimension", f"There is no {name!r}; there are {sorted(self.feeds)}.")
+        return self.feeds[name].intake
 
     async def outcomes(self, outcomes: list[dict[str, Any]]) -> None:
         """Logs outcomes durably before they are acknowledged."""
@@ -169,7 +186,8 @@ class Gateway:
     def status(self) -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
         streams = (EVENTS, QUARANTINE, PREDICTIONS, OUTCOMES)
-        failures = (self.drain.failure, self.follower.failure, self.watch and self.watch.failure)
+        drains = (self.drain, *(feed.drain for feed in self.feeds.values()))
+        failures = (*(d.failure for d in drains), self.follower.failure, self.watch and self.watch.failure)
         return {
             "usecase": self.use_case.name,
             "replica": self.holder,
@@ -178,13 +196,18 @@ class Gateway:
             "champion": self.follower.serving.champion.version,
             "applied": self.state.applied(),
             "log": {s: {"last": self.log.last(s), "pending": self.log.pending(s)} for s in streams},
+            "dimensions": {
+                name: {"last": feed.log.last(EVENTS), "pending": feed.log.pending(EVENTS)}
+                for name, feed in self.feeds.items()
+            },
             "failures": [str(failure) for failure in failures if failure],
         }
 
     def check(self) -> None:
         """Raises when a background part of this replica has ended, so that Serve replaces it."""
-        if not self.drain.alive():
-            raise RuntimeError(f"the drain of {self.use_case.name!r} ended: {self.drain.failure!r}")
+        for drain in (self.drain, *(feed.drain for feed in self.feeds.values())):
+            if not drain.alive():
+                raise RuntimeError(f"a drain of {self.use_case.name!r} ended: {drain.failure!r}")
         if self.watch is not None and not self.watch.alive():
             raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer watches for silent sensors")
         if not self.follower.alive():
@@ -197,6 +220,8 @@ class Gateway:
         self.follower.close()
         self.intake.close()
         self.drain.close()
+        for feed in self.feeds.values():
+            feed.close()
 
     def _project(self) -> int:
         return self.state.project(self.log)

@@ -22,21 +22,21 @@ from pipelines.contracts import events, rules, sources
 from pipelines.contracts.datasets import Tally, unique_keys
 from pipelines.contracts.parsing import Parsed
 from pipelines.contracts.rows import RowVerdict, check
-from pipelines.spec import Contract, UseCase
+from pipelines.spec import Contract, EventSource
 from pipelines.spec.base import microseconds
 
 _SOURCE, _POSITION = "_source", "_position"
 Engine = Literal["arrow", "ray"]
 
 
-def events_table(use_case: UseCase) -> str:
+def events_table(source: EventSource) -> str:
     """The Delta table of accepted events."""
-    return f"{use_case.name}/events"
+    return f"{source.name}/events"
 
 
-def quarantine_table(use_case: UseCase) -> str:
+def quarantine_table(source: EventSource) -> str:
     """The Delta table of refused rows."""
-    return f"{use_case.name}/quarantine"
+    return f"{source.name}/quarantine"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from cluster.clock import SystemClock
 from cluster.database import Database
-from pipelines.spec import UseCase
+from pipelines.spec import EventSource
 
 _SECONDS = 30.0
 
@@ -22,23 +22,23 @@ class LeaseLost(RuntimeError):
     """Another process took the lease although this one held it: nothing more may be committed."""
 
 
-def try_events(database: Database, use_case: UseCase, holder: str) -> bool:
+def try_events(database: Database, source: EventSource, holder: str) -> bool:
     """Takes the lease ``drain/<use case>`` for half a minute, or returns False.
 
     Leases end in real time, also under a replay clock: they guard against processes that died.
     """
-    return _take(database, _name(use_case), holder)
+    return _take(database, _name(source), holder)
 
 
 @contextmanager
 def events_lease(
-    database: Database, use_case: UseCase, holder: str, *, patience_s: float = 120.0
+    database: Database, source: EventSource, holder: str, *, patience_s: float = 120.0
 ) -> Iterator[Callable[[], None]]:
     """Holds the lease for the length of a block, however long; yields a check that raises ``LeaseLost``.
 
     Raises ``TimeoutError`` when others hold it for ``patience_s`` seconds.
     """
-    with kept_lease(database, _name(use_case), holder, patience_s=patience_s) as check:
+    with kept_lease(database, _name(source), holder, patience_s=patience_s) as check:
         yield check
 
 
@@ -78,5 +78,5 @@ def _take(database: Database, name: str, holder: str) -> bool:
     return database.acquire_lease(name, holder, _SECONDS, SystemClock().now())
 
 
-def _name(use_case: UseCase) -> str:
-    return f"drain/{use_case.name}"
+def _name(source: EventSource) -> str:
+    return f"drain/{source.name}"

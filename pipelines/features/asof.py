@@ -60,7 +60,7 @@ def join_latest(
         knowledge = known[0] if places is None else known[0][places]
     edges = np.searchsorted(codes, np.arange(len(names) + 1))
     ttl_us = _FOREVER if ttl is None else microseconds(ttl)
-    found = asof.latest(edges, times, knowledge, asked, moments, ttl_us)
+    found = asof.latest(edges, times, knowledge, asked, moments, moments, ttl_us)
     if places is not None and len(places):
         found = np.where(found >= 0, places[found], -1)
     picked = rows.select(list(columns)).take(pa.array(found, mask=found < 0))

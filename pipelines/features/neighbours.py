@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.contracts.events import EVENT_ID, KNOWN_AT, SEQUENCE, event_order
-from pipelines.features.kernels import layout, moments, nearest
+from pipelines.features.found import Found
+from pipelines.features.kernels import moments, nearest
 from pipelines.features.projection import Projection, unpack
-from pipelines.features.served import Status
 from pipelines.features.state import StateError
 from pipelines.features.stores import Rebuild, Transaction, open_store
 from pipelines.features.windows import READ_BEHIND, instants, number_of, numbers
@@ -117,17 +117,6 @@ def asked_of(near: Neighbours, inputs: Mapping[str, Sequence[Any] | np.ndarray |
     return np.column_stack(columns)
 
 
-@dataclass(frozen=True)
-class Found:
-    """Features of neighbours of q requests: values float64[features, q], newest int64[q] (us).
-
-    ``newest`` is the time of the newest event that contributed, ``layout.EMPTY`` where none did.
-    """
-
-    values: np.ndarray
-    newest: np.ndarray
-
-
 def search_past(
     find: Searcher, points: Points, known: np.ndarray, asked: np.ndarray, times: np.ndarray, bounds: np.ndarray
 ) -> Found:
@@ -147,18 +136,6 @@ def search_past(
     return Found(values, newest)
 
 
-def mark(found: Found, times: np.ndarray, ttl_us: int, status: np.ndarray, age: np.ndarray | None = None) -> None:
-    """Fills statuses uint8[q, features] and ages (s) float64[features, q] of what was found at ``times`` (us).
-
-    The rule is that of windows.
-    """
-    none = found.newest == layout.EMPTY
-    present = np.where(none | (times - found.newest > ttl_us), np.uint8(Status.STALE), np.uint8(Status.FRESH))
-    status[:] = np.where(np.isnan(found.values.T), np.uint8(Status.MISSING), present[:, None])
-    if age is not None:
-        age[:] = np.where(none, np.nan, (times - found.newest) / 1e6)
-
-
 class NeighbourState(Projection):
     """The points of one use case's neighbours by cell, below a directory or in a Redis server as entity state is.
 
@@ -170,7 +147,7 @@ class NeighbourState(Projection):
         """``view`` is the fingerprint of the view that ``near`` belongs to, as states of entities are kept by it."""
         self.find = searcher(near, use_case.contract)
         self._keep_us = self.find.search.within + self.find.behind_us
-        store = open_store(place, use_case.name, f"{view}-{near.name}")
+        store = open_store(place, use_case.name, f"{view}-near-{near.name}")
         super().__init__(store, use_case.name, use_case.contract)
 
     def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contracts.events import EVENT_ID, INSTANT, KNOWN_AT, contract_schema
+from pipelines.features.dimensions import look_up, ttl_of
+from pipelines.features.found import mark
 from pipelines.features.localtime import covered
-from pipelines.features.neighbours import asked_of, mark, points_of, search_past, searcher
+from pipelines.features.neighbours import asked_of, points_of, search_past, searcher
 from pipelines.features.sweep import Reads, Swept, places, sweep
 from pipelines.features.windows import Plan, compile_plan, event_columns, instants
-from pipelines.spec import Neighbours, UseCase
+from pipelines.spec import Dimension, Neighbours, UseCase
 from pipelines.spec.base import microseconds
 
 TIME, LABEL, STATUS = "_time", "_label", "_status"
@@ -47,6 +49,7 @@ def build_examples(
     until: int | None = None,
     first: Mapping[str, int] | None = None,
     everywhere: pa.Table | None = None,
+    dimensions: Mapping[str, pa.Table] | None = None,
 ) -> pa.Table:
     """One training row per event with a target, as the request for it would have seen the world.
 
@@ -57,7 +60,8 @@ def build_examples(
 
     With ``since`` and ``until`` (us) only request times from the one on and before the other are made; ``events`` may
     then lack those that no window of theirs reaches, and ``first`` has the time (us) of each entity's first event.
-    Where ``events`` lack entities, neighbours are searched for in ``everywhere``, the rows of all.
+    Where ``events`` lack entities, neighbours are searched for in ``everywhere``, the rows of all. ``dimensions`` are
+    the rows of each dimension of the view.
     """
     plan = compile_plan(use_case.view, use_case.contract)
     target = use_case.model.target
@@ -86,6 +90,10 @@ def build_examples(
     for near in use_case.view.neighbours:
         inputs = {name: source.column(name) for name in near.asked}
         fill_neighbours(plan, swept, near, world, instants(world, KNOWN_AT), inputs, reads)
+    for dimension in use_case.view.dimensions:
+        facts = (dimensions or {})[dimension.name]
+        keys = source.column(dimension.key).to_pylist()
+        fill_dimension(plan, swept, dimension, facts, instants(facts, KNOWN_AT), keys, reads)
     answer: dict[str, Any] = {
         TIME: pa.array(request[chosen]).cast(INSTANT),
         LABEL: pa.array(label[chosen]),
@@ -116,6 +124,25 @@ def fill_neighbours(
     past = search_past(find, points, known, asked_of(near, inputs), reads.moments, reads.bounds)
     swept.values[:, place] = past.values.T
     mark(past, reads.moments, microseconds(plan.view.ttl), swept.status[:, place])
+
+
+def fill_dimension(
+    plan: Plan,
+    swept: Swept,
+    dimension: Dimension,
+    rows: pa.Table,
+    known: np.ndarray,
+    keys: Sequence[str | None],
+    reads: Reads,
+) -> None:
+    """Writes what held for ``keys`` in ``dimension``, whose table has ``rows``, into what was ``swept`` for ``reads``.
+
+    ``known`` int64 is each row's number in the order in which rows became known.
+    """
+    place = dict(plan.view.beside)[dimension]
+    past = look_up(dimension, rows, known, keys, reads.moments, reads.bounds)
+    swept.values[:, place] = past.values.T
+    mark(past, reads.moments, ttl_of(dimension), swept.status[:, place])
 
 
 def silenced(

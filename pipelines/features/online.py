@@ -15,13 +15,15 @@ import pyarrow as pa
 
 from cluster.log import DurableLog, Log
 from cluster.settings import Settings
-from pipelines.features.neighbours import NeighbourState, mark
+from pipelines.features.dimensions import DimensionState, ttl_of
+from pipelines.features.found import Found, mark
+from pipelines.features.neighbours import NeighbourState
 from pipelines.features.projection import NO_TABLE, Projection, unpack
 from pipelines.features.served import Status
 from pipelines.features.state import apply_events, read_into, vectors, words
 from pipelines.features.stores import Rebuild, Transaction, open_store
 from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns, take
-from pipelines.spec import UseCase
+from pipelines.spec import EventSource, UseCase
 from pipelines.spec.base import microseconds
 
 __all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "Status", "open_log", "open_state"]
@@ -36,7 +38,7 @@ class Read:
 
     The features of entities come from one snapshot: the state of ``generation`` with every log record up to
     ``sequence``. An entity that is not ``known`` has the features of an empty state. ``others`` are (generation,
-    sequence) of the snapshots that the view's neighbours come from, in their order; empty when they were not read.
+    sequence) of the snapshots that the view's neighbours and then its dimensions come from, as far as they were read.
     """
 
     values: np.ndarray
@@ -53,24 +55,24 @@ def state_path(settings: Settings, use_case: UseCase) -> Path:
     return settings.state_dir / use_case.name / "views"
 
 
-def log_path(settings: Settings, use_case: UseCase) -> Path:
-    """The directory of the use case's ingest log on this node."""
-    return settings.state_dir / use_case.name / "log"
+def log_path(settings: Settings, source: EventSource) -> Path:
+    """The directory of the source's ingest log on this node."""
+    return settings.state_dir / source.name / "log"
 
 
-def open_log(settings: Settings, use_case: UseCase) -> Log:
-    """The use case's ingest log. Its ids are remembered for as long as an event can reach state."""
-    contract = use_case.contract
+def open_log(settings: Settings, source: EventSource) -> Log:
+    """The source's ingest log. Its ids are remembered for as long as an event can reach state."""
+    contract = source.contract
     lasting = microseconds(contract.lateness + contract.future) + 60_000_000
     remember_us = max(settings.remember_seconds * 1_000_000, lasting)
     if settings.state_url is None:
-        return DurableLog(log_path(settings, use_case), remember_us=remember_us)
+        return DurableLog(log_path(settings, source), remember_us=remember_us)
     from cluster.redis_log import RedisLog
 
     durability = settings.state_durability
     return RedisLog(
         settings.state_url,
-        use_case.name,
+        source.name,
         remember_us=remember_us,
         durability=durability,
         most_pending=settings.log_rows,
@@ -86,7 +88,8 @@ class OnlineState(Projection):
     """The state of one use case's present view; one object per process.
 
     ``place`` is a directory, for LMDB, or the URL of a Redis server. Each view fingerprint has a store of its own
-    there, so views of several versions live side by side. ``neighbours`` are states of their own, projected with it.
+    there, so views of several versions live side by side. ``neighbours`` are states of their own, projected with it;
+    ``dimensions`` are too, but each is projected from the log of its own source.
     """
 
     def __init__(self, place: Path | str, use_case: UseCase) -> None:
@@ -96,11 +99,24 @@ class OnlineState(Projection):
         self.neighbours = tuple(
             NeighbourState(place, use_case, near, self.plan.fingerprint) for near in use_case.view.neighbours
         )
+        self.dimensions = tuple(
+            DimensionState(place, use_case, dimension, self.plan.fingerprint) for dimension in use_case.view.dimensions
+        )
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All states that are made of the use case's events: this one and its neighbours."""
         return (self, *self.neighbours)
+
+    @property
+    def beside(self) -> tuple[NeighbourState | DimensionState, ...]:
+        """The states that a read sees beside this one: neighbours, then dimensions."""
+        return (*self.neighbours, *self.dimensions)
+
+    @property
+    def states(self) -> tuple[Projection, ...]:
+        """All states that a read sees: this one, its neighbours, its dimensions."""
+        return (self, *self.beside)
 
     def project(self, log: Log, stream: str = "events") -> int:
         """See ``Projection``; the sequence through which all its states have applied the log."""
@@ -121,8 +137,8 @@ class OnlineState(Projection):
     def close(self) -> None:
         """Releases files and connections."""
         super().close()
-        for near in self.neighbours:
-            near.close()
+        for other in self.beside:
+            other.close()
 
     def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
         """See ``Projection``."""
@@ -143,9 +159,11 @@ class BoundReader:
     """Reads stored features; made by ``OnlineState.bind``. Safe to share between threads."""
 
     def __init__(self, online: OnlineState) -> None:
-        self._store, self._plan, self._neighbours = online.store, online.plan, online.neighbours
-        self._places = [place for _, place in online.plan.view.beside]
-        self._ttl_us = microseconds(online.plan.view.ttl)
+        self._store, self._plan = online.store, online.plan
+        view = online.plan.view
+        self._beside = [(state, place) for state, (_, place) in zip(online.beside, view.beside, strict=True)]
+        self._ttl_us = microseconds(view.ttl)
+        self._entity = online.contract.entity
 
     def read(
         self,
@@ -155,7 +173,8 @@ class BoundReader:
     ) -> Read:
         """The stored features of ``entities`` at ``now_us``; those of each entity from one snapshot.
 
-        ``inputs`` are those of the requests, by which neighbours are found; without them (None) these are MISSING.
+        ``inputs`` are those of the requests, by which neighbours and dimensions are found; without them (None) what
+        takes more than the entity to be found is MISSING.
         """
         plan = self._plan
         values, status, age = vectors(plan, len(entities))
@@ -166,27 +185,32 @@ class BoundReader:
                 known[place] = blob is not None
                 state = plan.empty_state if blob is None else words(plan, blob)
                 read_into(plan, state, now_us, values, status, age, place)
-        others = self._read_neighbours(inputs, now_us, values, status, age) if self._neighbours else ()
-        return Read(values.T, status, age.T, head.applied, head.generation, known, others)
+        others = []
+        for other, at in self._beside:
+            found = self._find(other, entities, inputs, now_us)
+            if found is None:
+                values[at], status[:, at], age[at] = np.nan, Status.MISSING, np.nan
+                continue
+            values[at] = found[0].values
+            mark(found[0], np.full(len(entities), now_us), self._ttl_of(other), status[:, at], age[at])
+            others.append(found[1])
+        return Read(values.T, status, age.T, head.applied, head.generation, known, tuple(others))
 
-    def _read_neighbours(
+    def _find(
         self,
+        other: NeighbourState | DimensionState,
+        entities: Sequence[str],
         inputs: Mapping[str, Sequence[Any] | np.ndarray] | None,
         now_us: int,
-        values: np.ndarray,
-        status: np.ndarray,
-        age: np.ndarray,
-    ) -> tuple[tuple[int, int], ...]:
-        positions = []
-        for near, place in zip(self._neighbours, self._places, strict=True):
-            if inputs is None:
-                values[place], status[:, place], age[place] = np.nan, Status.MISSING, np.nan
-                continue
-            found, position = near.read(inputs, now_us)
-            values[place] = found.values
-            mark(found, np.full(values.shape[1], now_us), self._ttl_us, status[:, place], age[place])
-            positions.append(position)
-        return tuple(positions)
+    ) -> tuple[Found, tuple[int, int]] | None:
+        if isinstance(other, DimensionState):
+            if other.dimension.key == self._entity:
+                return other.read(entities, now_us)
+            return None if inputs is None else other.read(list(inputs[other.dimension.key]), now_us)
+        return None if inputs is None else other.read(inputs, now_us)
+
+    def _ttl_of(self, other: NeighbourState | DimensionState) -> int:
+        return ttl_of(other.dimension) if isinstance(other, DimensionState) else self._ttl_us
 
 
 def _parts(plan: Plan, seen: EventColumns) -> Iterator[tuple[int, int, list[str], np.ndarray]]:

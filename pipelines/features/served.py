@@ -12,7 +12,7 @@ import orjson
 import pyarrow as pa
 
 from pipelines.contracts.events import INSTANT
-from pipelines.spec import UseCase
+from pipelines.spec import EventSource, UseCase
 
 
 class Status(IntEnum):
@@ -63,14 +63,14 @@ OUTCOME_SCHEMA = pa.schema([("prediction_id", pa.string()), ("value", pa.float64
 """One row per outcome that a caller reported; ``at`` is when it became known."""
 
 
-def predictions_table(use_case: UseCase) -> str:
+def predictions_table(source: EventSource) -> str:
     """The name of the Delta table of answers."""
-    return f"{use_case.name}/predictions"
+    return f"{source.name}/predictions"
 
 
-def outcomes_table(use_case: UseCase) -> str:
+def outcomes_table(source: EventSource) -> str:
     """The name of the Delta table of outcomes."""
-    return f"{use_case.name}/outcomes"
+    return f"{source.name}/outcomes"
 
 
 def inputs_of(use_case: UseCase, predictions: pa.Table) -> dict[str, list[Any]]:

@@ -6,8 +6,9 @@ log sequence. From those rows alone its features are made again by the offline s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +18,12 @@ from cluster.tables import Tables
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import INSTANT, SEQUENCE
 from pipelines.features import derived
-from pipelines.features.offline import fill_neighbours
+from pipelines.features.offline import fill_dimension, fill_neighbours
 from pipelines.features.projection import NO_TABLE, Projection
 from pipelines.features.served import Status, inputs_of
 from pipelines.features.sweep import Reads, places, sweep
 from pipelines.features.windows import Plan, compile_plan, event_columns, instants
-from pipelines.spec import Contract, UseCase
+from pipelines.spec import Contract, EventSource, UseCase
 from pipelines.spec.base import microseconds
 
 _EXAMPLES = 20
@@ -78,32 +79,30 @@ def audit(
 ) -> SkewReport:
     """Recomputes stored and numeric columns of ``predictions`` (``SERVED_SCHEMA``) from the events table.
 
-    ``states`` are those that were read: ``OnlineState.projections``. NaN equals NaN; anything else must have the same
+    ``states`` are those that were read: ``OnlineState.states``. NaN equals NaN; anything else must have the same
     bits. The log's JSON has no infinities, so one counts as NaN.
     """
     plan = compile_plan(use_case.view, use_case.contract)
-    width, beside = len(use_case.model.numeric), states[1:]
+    width = len(use_case.model.numeric)
     mine = pc.and_(
         pc.equal(predictions.column("view"), plan.fingerprint),
         pc.equal(pc.list_value_length(predictions.column("numeric")), width),
     )
     ours = predictions.filter(mine)
-    source = events_table(use_case)
-    version = tables.version(source)  # one snapshot for everything that follows
-    drained = pc.max(tables.read(source, version=version, columns=[SEQUENCE]).column(SEQUENCE)).as_py() or 0
-    # A drained duplicate leaves no row, so the drain's own marker may be further on.
-    drained = max(drained, tables.marker(source, "drain/events") or 0)
-    sequences = np.column_stack([ours.column("sequence").to_numpy(), _matrix(ours, "others", 2 * len(beside))[:, 1::2]])
+    own = _Snapshots.of(use_case, tables)
+    facts = [_Snapshots.of(use_case.source(dimension), tables) for dimension in use_case.view.dimensions]
+    drained = [own.drained] * (1 + len(use_case.view.neighbours)) + [snapshots.drained for snapshots in facts]
+    others = _matrix(ours, "others", 2 * len(states[1:]))
+    sequences = np.column_stack([ours.column("sequence").to_numpy(), others[:, 1::2]])
     ready = ours.filter(pa.array((sequences <= drained).all(axis=1)))
     found: dict[str, list[np.ndarray]] = {}
     examples: list[Difference] = []
     mismatched = imputed = 0
-    snapshots = _Snapshots(plan.contract, tables, source, version)
     for part in _of_one_snapshot(ready):
         logged = _matrix(part, "stored", len(plan.features))
         put_in = _matrix(part, "status", len(plan.features)) == Status.IMPUTED
         imputed += int(put_in.sum())
-        stored = np.where(put_in, logged, _recompute(use_case, plan, snapshots, states, part))
+        stored = np.where(put_in, logged, _recompute(plan, own, facts, states, part, inputs_of(use_case, part)))
         numeric = _numeric(use_case, stored, part)
         names = (*plan.features, *use_case.model.numeric)
         served = np.column_stack([logged, _matrix(part, "numeric", width)])
@@ -146,21 +145,31 @@ def different_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Snapshots:
-    """What a state could see of the events table ``source``, read in its ``version``."""
+    """What a state could see of a source's events table: ``version`` of it holds the log through ``drained``."""
 
     contract: Contract
     tables: Tables
-    source: str
+    table: str
     version: int
+    drained: int
+
+    @staticmethod
+    def of(source: EventSource, tables: Tables) -> _Snapshots:
+        """The newest version, for everything that follows."""
+        table = events_table(source)
+        version = tables.version(table)
+        held = pc.max(tables.read(table, version=version, columns=[SEQUENCE]).column(SEQUENCE)).as_py() or 0
+        # A drained duplicate leaves no row, so the drain's own marker may be further on.
+        return _Snapshots(source.contract, tables, table, version, max(held, tables.marker(table, "drain/events") or 0))
 
     def visible(self, base: int, wanted: pc.Expression) -> tuple[pa.Table, np.ndarray]:
         """Rows of the table version ``base`` and the log's after it, with their ranks int64: 0, or the sequence."""
-        newest = self.tables.read(self.source, version=self.version, filter=wanted)
+        newest = self.tables.read(self.table, version=self.version, filter=wanted)
         if base == NO_TABLE:
             rows, before = newest.slice(0, 0), 0
         else:
-            rows = self.tables.read(self.source, version=base, filter=wanted)
-            held = self.tables.read(self.source, version=base, columns=[SEQUENCE]).column(SEQUENCE)
+            rows = self.tables.read(self.table, version=base, filter=wanted)
+            held = self.tables.read(self.table, version=base, columns=[SEQUENCE]).column(SEQUENCE)
             before = pc.max(held).as_py() or 0
         later = newest.filter(pc.greater(newest.column(SEQUENCE), before))
         ranks = np.concatenate([np.zeros(rows.num_rows, np.int64), later.column(SEQUENCE).to_numpy()])
@@ -180,24 +189,40 @@ def _of_one_snapshot(predictions: pa.Table) -> Iterator[pa.Table]:
 
 
 def _recompute(
-    use_case: UseCase, plan: Plan, snapshots: _Snapshots, states: Sequence[Projection], part: pa.Table
+    plan: Plan,
+    own: _Snapshots,
+    facts: Sequence[_Snapshots],
+    states: Sequence[Projection],
+    part: pa.Table,
+    inputs: Mapping[str, list[Any]],
 ) -> np.ndarray:
-    """Stored features of every row of ``part``, all of one generation of each state, float64[n, s]."""
-    times, entity = instants(part, "_time"), pc.field(plan.contract.entity)
-    base = states[0].generation(part.column("generation")[0].as_py())
-    table, ranks = snapshots.visible(base, entity.isin(part.column("entity").unique()))
+    """Stored features of every row of ``part``, all of one generation of each state, float64[n, s].
+
+    ``own`` are the use case's events and ``facts`` those of the view's dimensions.
+    """
+    view, times, entities = plan.view, instants(part, "_time"), part.column("entity").to_pylist()
+    of_them = pc.field(plan.contract.entity).isin(part.column("entity").unique())
+    table, ranks = own.visible(states[0].generation(part.column("generation")[0].as_py()), of_them)
     columns = event_columns(plan, table)
-    asked = places(columns, np.array(part.column("entity").to_pylist(), dtype=object))
+    asked = places(columns, np.array(entities, dtype=object))
     swept = sweep(plan, columns, ranks, Reads(asked, times, part.column("sequence").to_numpy()))
-    if not use_case.view.neighbours:
-        return swept.values
-    inputs, others = inputs_of(use_case, part), _matrix(part, "others", 2 * len(states[1:]))
-    since = int(times.min()) - microseconds(max(near.within for near in use_case.view.neighbours))
-    recent = pc.field(plan.contract.time) > pa.scalar(since, pa.int64()).cast(INSTANT)
-    for turn, near in enumerate(use_case.view.neighbours):
-        table, ranks = snapshots.visible(states[1 + turn].generation(int(others[0, 2 * turn])), recent)
-        reads = Reads(asked, times, others[:, 2 * turn + 1].astype(np.int64))
+    positions = iter(_matrix(part, "others", 2 * len(view.beside)).astype(np.int64).T)
+    bases = iter(states[1:])
+
+    def seen(snapshots: _Snapshots, wanted: pc.Expression) -> tuple[pa.Table, np.ndarray, Reads]:
+        generations, sequences = next(positions), next(positions)
+        table, ranks = snapshots.visible(next(bases).generation(int(generations[0])), wanted)
+        return table, ranks, Reads(asked, times, sequences)
+
+    for near in view.neighbours:
+        since = pa.scalar(int(times.min()) - microseconds(near.within), pa.int64()).cast(INSTANT)
+        table, ranks, reads = seen(own, pc.field(plan.contract.time) > since)
         fill_neighbours(plan, swept, near, table, ranks, inputs, reads)
+    for dimension, snapshots in zip(view.dimensions, facts, strict=True):
+        keys = entities if dimension.key == plan.contract.entity else inputs[dimension.key]
+        wanted = pc.field(dimension.contract.entity).isin(pa.array(keys, pa.string()).unique())
+        table, ranks, reads = seen(snapshots, wanted)
+        fill_dimension(plan, swept, dimension, table, ranks, keys, reads)
     return swept.values
 
 

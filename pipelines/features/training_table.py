@@ -45,7 +45,8 @@ class NoTrainingRows(ValueError):
 class Backfill:
     """Version ``table_version`` of the training table has ``rows`` examples of ``events_version``.
 
-    ``buckets`` of them had to be made, the others were there; ``seconds`` is how long that took.
+    ``buckets`` of them had to be made, the others were there; ``seconds`` is how long that took. ``dimensions`` are
+    the versions of the dimensions' tables.
     """
 
     table_version: int
@@ -54,6 +55,7 @@ class Backfill:
     view_fingerprint: str
     buckets: int
     seconds: float
+    dimensions: dict[str, int]
 
 
 def training_table(use_case: UseCase) -> str:
@@ -72,9 +74,12 @@ def backfill(
     tables: Tables,
     settings: Settings,
     events_version: int | None = None,
+    dimensions: Mapping[str, int] | None = None,
     engine: Literal["auto", "arrow", "ray"] = "auto",
 ) -> Backfill:
     """Makes the training table's rows of one version of the events table, as far as they are not there yet.
+
+    ``dimensions`` are the versions of the tables of the view's dimensions, by name; of others the newest is taken.
 
     With ``auto`` Ray Data carries the work when more than ``settings.ray_rows`` events are in buckets to be made and a
     Ray cluster is connected, and a plain loop otherwise. Any number of backfills may run at once.
@@ -83,7 +88,8 @@ def backfill(
     source, name = events_table(use_case), training_table(use_case)
     version = tables.version(source) if events_version is None else events_version
     tables.ensure(name, _schema(use_case), partition_by=[BUCKET, SOURCE])
-    events = _buckets(use_case, tables, version)
+    pinned = _pinned(use_case, tables, dimensions)
+    events = _buckets(use_case, tables, version, pinned)
     wanted, buckets = {bucket.source: bucket for bucket in events}, 0
     while True:
         # Whoever commits first is right; the loser looks again at what is missing.
@@ -91,7 +97,7 @@ def backfill(
         missing = [wanted[key] for key in sorted(wanted.keys() - _present(tables, name))]
         if not missing:
             break
-        job = _Job(use_case, tables, version)
+        job = _Job(use_case, tables, version, pinned)
         tasks = [task for bucket in missing for task in _slices(use_case, tables, version, bucket, settings.task_rows)]
         if _ray_carries(engine, sum(bucket.rows for bucket in missing), settings):
             files = _with_ray(job, tasks)
@@ -103,7 +109,7 @@ def backfill(
     table_version = tables.version(name)
     rows = sum(entry.rows for entry in tables.entries(name, table_version) if entry.partition[SOURCE] in wanted)
     view = view_fingerprint(use_case.view, use_case.contract)
-    return Backfill(table_version, version, rows, view, buckets, time.monotonic() - begun)
+    return Backfill(table_version, version, rows, view, buckets, time.monotonic() - begun, pinned)
 
 
 def training_rows(
@@ -111,15 +117,18 @@ def training_rows(
     tables: Tables,
     events_version: int,
     *,
+    dimensions: Mapping[str, int] | None = None,
     table_version: int | None = None,
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
     """The examples of the use case's present view that were made from one version of the events table.
 
+    ``dimensions`` as in ``backfill``.
+
     Raises ``NoTrainingRows`` when any of them have not been made in ``table_version`` (None: the newest).
     """
-    name = training_table(use_case)
-    sources = {bucket.source for bucket in _buckets(use_case, tables, events_version)}
+    name, pinned = training_table(use_case), _pinned(use_case, tables, dimensions)
+    sources = {bucket.source for bucket in _buckets(use_case, tables, events_version, pinned)}
     lacking = sources - _present(tables, name, table_version) if tables.exists(name) else sources
     if lacking:
         raise NoTrainingRows(
@@ -155,6 +164,7 @@ class _Job:
     use_case: UseCase
     tables: Tables
     events_version: int
+    dimensions: Mapping[str, int]
 
     def __call__(self, task: _Task) -> DataFile:
         use_case, view = self.use_case, self.use_case.view
@@ -165,7 +175,15 @@ class _Job:
         if view.neighbours:
             within = microseconds(max(near.within for near in view.neighbours))
             everywhere = self._events(task, within, columns=columns_of(use_case.contract, view.neighbours))
-        rows = build_examples(use_case, events, since=task.since, until=task.until, first=first, everywhere=everywhere)
+        facts = {
+            dimension.name: self.tables.read(
+                events_table(use_case.source(dimension)), version=self.dimensions[dimension.name]
+            )
+            for dimension in view.dimensions
+        }
+        rows = build_examples(
+            use_case, events, since=task.since, until=task.until, first=first, everywhere=everywhere, dimensions=facts
+        )
         rows = rows.append_column(BUCKET, pa.repeat(pa.scalar(task.bucket, pa.int32()), rows.num_rows))
         rows = rows.append_column(SOURCE, pa.repeat(pa.scalar(task.source), rows.num_rows))
         name = training_table(use_case)
@@ -190,15 +208,35 @@ class _Job:
         return dict(zip(found.column(entity).to_pylist(), instants(found, f"{at}_min").tolist(), strict=True))
 
 
-def _buckets(use_case: UseCase, tables: Tables, version: int) -> list[_Bucket]:
+def _pinned(use_case: UseCase, tables: Tables, chosen: Mapping[str, int] | None) -> dict[str, int]:
+    """The versions of the dimensions' tables, by the dimension's name."""
+    pinned = {}
+    for dimension in use_case.view.dimensions:
+        table = events_table(use_case.source(dimension))
+        if not tables.exists(table):
+            raise NoTrainingRows(
+                f"use case {use_case.name!r}: dimension {dimension.name!r} has no table {table!r}: load its rows with "
+                f"`python -m pipelines.ingest {use_case.name} --dimension {dimension.name} FILE …`"
+            )
+        wanted = (chosen or {}).get(dimension.name)
+        pinned[dimension.name] = tables.version(table) if wanted is None else wanted
+    return pinned
+
+
+def _buckets(use_case: UseCase, tables: Tables, version: int, dimensions: Mapping[str, int]) -> list[_Bucket]:
     """The buckets of one version of the events table, by number."""
     held: dict[int, list[tuple[str, int]]] = {}
     for entry in tables.entries(events_table(use_case), version):
         held.setdefault(int(entry.partition[BUCKET]), []).append((entry.path, entry.rows))
     everywhere = [path for files in held.values() for path, _ in files] if use_case.view.neighbours else []
+    facts = [
+        entry.path
+        for dimension in use_case.view.dimensions
+        for entry in tables.entries(events_table(use_case.source(dimension)), dimensions[dimension.name])
+    ]
     buckets = []
     for number, files in sorted(held.items()):
-        made_of = everywhere or [path for path, _ in files]
+        made_of = [*(everywhere or [path for path, _ in files]), *facts]
         digest = blake2b("\n".join([str(number), *sorted(made_of)]).encode(), digest_size=8)
         buckets.append(_Bucket(number, digest.hexdigest(), sum(rows for _, rows in files)))
     return buckets

@@ -205,6 +205,7 @@ def view_fingerprint(view: FeatureView, contract: Contract) -> str:
         (calendar.zone, microseconds(calendar.ahead), calendar.parts) if calendar else None,
         [(name, trace.text) for name, trace in derived.traces(view).items()],
         *(near.model_dump_json() for near in view.neighbours),
+        *((d.name, d.key, d.columns, d.contract.entity, d.contract.time, d.contract.key) for d in view.dimensions),
     )
 
 

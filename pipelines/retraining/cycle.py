@@ -150,6 +150,7 @@ class _Cycle:
             training_version=filled.table_version,
             events_version=filled.events_version,
             view=filled.view_fingerprint,
+            dimensions=filled.dimensions,
         )
         found = search(
             use_case,

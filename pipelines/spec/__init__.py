@@ -2,10 +2,11 @@
 
 from pipelines.spec.contract import Contract, Field, FieldType
 from pipelines.spec.fallback import Fallback
-from pipelines.spec.features import Calendar, Derived, FeatureView, Fold, Lag, Neighbours, Window
+from pipelines.spec.features import Calendar, Derived, Dimension, FeatureView, Fold, Lag, Neighbours, Window
 from pipelines.spec.model import Gate, ModelSpec, Split, Target
 from pipelines.spec.release import CanaryStep, Labels, ReleasePolicy, Shadow
 from pipelines.spec.retraining import DecayRule, DriftRule, RetrainPolicy, SearchSpace
+from pipelines.spec.source import EventSource
 from pipelines.spec.usecase import UseCase
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "Contract",
     "DecayRule",
     "Derived",
+    "Dimension",
     "DriftRule",
+    "EventSource",
     "Fallback",
     "FeatureView",
     "Field",

@@ -65,6 +65,10 @@ class Field(Spec):
         return self
 
 
+NUMBERS = (FieldType.FLOAT, FieldType.INTEGER, FieldType.BOOLEAN)
+"""What counts as a number."""
+
+
 class Contract(Spec):
     """The schema, limits, identity and time semantics of one source.
 

@@ -13,6 +13,7 @@ from pydantic import Field as PydanticField
 from pydantic import model_validator
 
 from pipelines.spec.base import Spec, duration_label, microseconds
+from pipelines.spec.contract import NUMBERS, Contract
 
 
 class Fold(StrEnum):
@@ -155,6 +156,36 @@ class Neighbours(Spec):
         return (f"{self.name}_count", f"{self.name}_distance", *folded)
 
 
+class Dimension(Spec):
+    """Slowly changing facts about ``key``, the entity or an input, as of the request.
+
+    Rows come under a contract of their own, whose entity is the key's value and whose time is when the row begins to
+    hold; a time ahead, as of a tariff that is announced, needs a ``future`` there. A request sees of the rows of its
+    key that were known by then the latest that holds, however late it became known; a null in it is a missing value.
+    ``columns`` are numbers. ``ttl`` is the age above which a value is STALE (None: never).
+    """
+
+    name: str = PydanticField(pattern=r"^[a-z][a-z0-9_]*$")
+    contract: Contract
+    key: str
+    columns: tuple[str, ...]
+    ttl: timedelta | None = None
+
+    @model_validator(mode="after")
+    def _columns_are_numbers(self) -> Self:
+        if not self.columns or len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"dimension {self.name!r}: columns {list(self.columns)} must be given, each once")
+        for column in self.columns:
+            if self.contract.field(column).type not in NUMBERS:
+                raise ValueError(f"dimension {self.name!r}: column {column!r} must be a number")
+        return self
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Its names, such as ``profile_population``."""
+        return tuple(f"{self.name}_{column}" for column in self.columns)
+
+
 class Calendar(Spec):
     """Calendar columns of the request time plus ``ahead``, in ``zone`` (daylight saving included).
 
@@ -195,6 +226,7 @@ class FeatureView(Spec):
     windows: tuple[Window, ...] = ()
     lags: tuple[Lag, ...] = ()
     neighbours: tuple[Neighbours, ...] = ()
+    dimensions: tuple[Dimension, ...] = ()
     inputs: tuple[str, ...] = ()
     calendar: Calendar | None = None
     derived: tuple[Derived, ...] = ()
@@ -211,19 +243,20 @@ class FeatureView(Spec):
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of the features that are made of events, in the order of every stored vector."""
-        return (*self.of_entity, *(name for near in self.neighbours for name in near.features))
+        return (*self.of_entity, *(name for part, _ in self.beside for name in part.features))
 
     @property
     def of_entity(self) -> tuple[str, ...]:
-        """Those of ``stored`` that an entity has without a request: its first ones."""
+        """Those of ``stored`` that are made of the entity's own events: its first ones."""
         windowed = (window.feature(fold) for window in self.windows for fold in window.folds)
         return (*windowed, *(lag.feature for lag in self.lags))
 
     @property
-    def beside(self) -> tuple[tuple[Neighbours, slice], ...]:
-        """The neighbours, and where in every stored vector their features are."""
+    def beside(self) -> tuple[tuple[Neighbours | Dimension, slice], ...]:
+        """The neighbours, then the dimensions, and where in every stored vector their features are."""
+        parts: tuple[Neighbours | Dimension, ...] = (*self.neighbours, *self.dimensions)
         at = len(self.of_entity)
-        return tuple((near, slice(at, at := at + len(near.features))) for near in self.neighbours)
+        return tuple((part, slice(at, at := at + len(part.features))) for part in parts)
 
     @property
     def calendar_columns(self) -> tuple[str, ...]:

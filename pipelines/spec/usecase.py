@@ -8,24 +8,22 @@ from typing import Self
 from pydantic import Field as PydanticField
 from pydantic import model_validator
 
-from pipelines.spec.base import Spec
-from pipelines.spec.contract import Contract, FieldType
+from pipelines.spec.contract import NUMBERS, FieldType
 from pipelines.spec.fallback import Fallback
-from pipelines.spec.features import FOLDS_OF_STRINGS, FeatureView, Neighbours
+from pipelines.spec.features import FOLDS_OF_STRINGS, Dimension, FeatureView, Neighbours
 from pipelines.spec.model import Gate, ModelSpec
 from pipelines.spec.release import ReleasePolicy
 from pipelines.spec.retraining import RetrainPolicy
+from pipelines.spec.source import EventSource
 
-_NUMBERS = (FieldType.FLOAT, FieldType.INTEGER, FieldType.BOOLEAN)
-_COUNTABLE = (*_NUMBERS, FieldType.STRING)
+_COUNTABLE = (*NUMBERS, FieldType.STRING)
 
 
-class UseCase(Spec):
+class UseCase(EventSource):
     """A contract, a feature view, a model and its gates, checked against each other when the page loads."""
 
     name: str = PydanticField(pattern=r"^[a-z][a-z0-9_]*$")
     title: str
-    contract: Contract
     view: FeatureView
     model: ModelSpec
     gates: tuple[Gate, ...]
@@ -36,7 +34,7 @@ class UseCase(Spec):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         def number(role: str, name: str) -> None:
-            if self.contract.field(name).type not in _NUMBERS:
+            if self.contract.field(name).type not in NUMBERS:
                 raise ValueError(f"use case {self.name!r}: {role} {name!r} must be a number")
 
         for window in self.view.windows:
@@ -46,13 +44,15 @@ class UseCase(Spec):
             number("lagged field", lag.field)
         for near in self.view.neighbours:
             self._neighbours_fit(near)
+        for dimension in self.view.dimensions:
+            self._dimension_fits(dimension)
         number("target", self.model.target.field)
         strings, columns = {self.contract.entity}, set(self.view.stored) | set(self.view.calendar_columns)
         for name in self.view.inputs:
             kind = self.contract.field(name).type
             if kind is FieldType.TIMESTAMP:
                 raise ValueError(f"use case {self.name!r}: input {name!r} must be a number or a string")
-            (columns if kind in _NUMBERS else strings).add(name)
+            (columns if kind in NUMBERS else strings).add(name)
         columns |= {derived.name for derived in self.view.derived}
         wanted = {*self.model.numeric, *(gate.baseline for gate in self.gates)}
         wanted |= {name for name in (self.model.anchor, self.model.scale) if name}
@@ -79,12 +79,23 @@ class UseCase(Spec):
             self._ladder_fits(self.fallback)
         return self
 
+    def source(self, dimension: Dimension) -> EventSource:
+        """The source of a dimension's rows, such as ``aqua.profile``."""
+        return EventSource(name=f"{self.name}.{dimension.name}", contract=dimension.contract)
+
+    def _dimension_fits(self, dimension: Dimension) -> None:
+        who = f"use case {self.name!r}, dimension {dimension.name!r}"
+        if dimension.key != self.contract.entity and dimension.key not in self.view.inputs:
+            raise ValueError(f"{who}: its key {dimension.key!r} must be the entity or an input of the view")
+        if self.contract.field(dimension.key).type is not FieldType.STRING:
+            raise ValueError(f"{who}: its key {dimension.key!r} must be a string")
+
     def _neighbours_fit(self, near: Neighbours) -> None:
         who = f"use case {self.name!r}, neighbours {near.name!r}"
         if missing := sorted(set(near.asked) - set(self.view.inputs)):
             raise ValueError(f"{who}: {missing} must be inputs of the view, because a request is compared by them")
         for name in (near.longitude, near.latitude, *(name for name, _ in near.similar), *near.fields):
-            if self.contract.field(name).type not in _NUMBERS:
+            if self.contract.field(name).type not in NUMBERS:
                 raise ValueError(f"{who}: {name!r} must be a number")
         for name, most in ((near.longitude, 180.0), (near.latitude, 85.0)):
             low, high = self.contract.field(name).limits

@@ -116,7 +116,7 @@ class Artifact(_Page):
     output: Output
     shape: dict[str, Any]
     calibration: Calibration | None = None
-    snapshot: dict[str, int | str]
+    snapshot: dict[str, int | str | dict[str, int]]
     training: dict[str, Any]
     code: str
     versions: dict[str, str]

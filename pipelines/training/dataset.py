@@ -6,6 +6,7 @@ whose outcome became known after the next part began.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +62,17 @@ class Parts:
     left_out: int
 
 
-def load_examples(use_case: UseCase, tables: Tables, *, training_version: int, events_version: int, view: str) -> Frame:
-    """The examples of (``view``, ``events_version``) in version ``training_version`` of the training table.
+def load_examples(
+    use_case: UseCase,
+    tables: Tables,
+    *,
+    training_version: int,
+    events_version: int,
+    view: str,
+    dimensions: Mapping[str, int],
+) -> Frame:
+    """The examples of (``view``, ``events_version``, ``dimensions``) in version ``training_version`` of the training
+    table.
 
     Raises ``ValueError`` when ``view`` is not the fingerprint of the use case's present view (columns could
     not be made as they were then), or when there are no rows.
@@ -73,7 +83,7 @@ def load_examples(use_case: UseCase, tables: Tables, *, training_version: int, e
             f"use case {use_case.name!r}: the snapshot holds features of view {view}, "
             f"this code computes {present}; run its backfill, or train with the code that made it"
         )
-    table = training_rows(use_case, tables, events_version, table_version=training_version)
+    table = training_rows(use_case, tables, events_version, dimensions=dimensions, table_version=training_version)
     if not table.num_rows:
         raise ValueError(
             f"use case {use_case.name!r}: version {training_version} of its training table has no rows "

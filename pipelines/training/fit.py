@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Snapshot:
     events_version: int
     training_version: int
     view: str
+    dimensions: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def _worker(config: dict[str, Any]) -> None:
         training_version=snapshot.training_version,
         events_version=snapshot.events_version,
         view=snapshot.view,
+        dimensions=snapshot.dimensions,
     )
     parts = split(frame, use_case.model)
     vocabularies = vocabularies_of(use_case.model, parts.train)

@@ -301,7 +301,7 @@ class Demo:
 
     def _audit(self, logged: pa.Table) -> SkewReport:
         state = open_state(self.settings, self.use_case)
-        report = audit(self.use_case, logged, tables=self.tables, states=state.projections)
+        report = audit(self.use_case, logged, tables=self.tables, states=state.states)
         state.close()
         expect(report.mismatched == 0, f"{report.mismatched} of {report.checked} vectors differ: {report.by_feature}")
         return report

@@ -56,6 +56,7 @@ def load(case: UseCase, tables: Tables, snapshot: Snapshot):
         training_version=snapshot.training_version,
         events_version=snapshot.events_version,
         view=snapshot.view,
+        dimensions=snapshot.dimensions,
     )
 
 

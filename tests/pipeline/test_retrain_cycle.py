@@ -284,7 +284,7 @@ def real(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     filled = backfill(case, tables=tables, settings=settings)
     frame = load_examples(
         case, tables, training_version=filled.table_version, events_version=filled.events_version,
-        view=filled.view_fingerprint,
+        view=filled.view_fingerprint, dimensions=filled.dimensions,
     )  # fmt: skip
     yield Real(case, settings, tables, database, registry, frame, report, kept)
     database.close()

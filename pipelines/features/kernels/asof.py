@@ -11,16 +11,17 @@ from pipelines.features.kernels.compiled import compiled
 def latest(
     edges: np.ndarray,
     times: np.ndarray,
-    known_at: np.ndarray | None,
+    known: np.ndarray | None,
     entities: np.ndarray,
     moments: np.ndarray,
+    bounds: np.ndarray,
     ttl: int,
 ) -> np.ndarray:
     """Places int64[q] of the rows that the requests see, -1 for none.
 
     Entity e has the rows [edges[e], edges[e + 1]) in canonical order, with times and, unless all were known at once,
-    known_at int64[m]; requests have entities (-1: none) and moments int64[q]. A row older than ``ttl`` (us) is not
-    seen, and neither is anything behind it.
+    ``known`` numbers int64[m]; requests have entities (-1: none) and moments int64[q], and see the rows whose number is
+    at most their bound, int64[q]. A row older than ``ttl`` (us) is not seen, and neither is anything behind it.
     """
     found = np.empty(entities.shape[0], np.int64)
     for q in range(entities.shape[0]):
@@ -37,7 +38,7 @@ def latest(
                 high = middle
         at = low - 1
         while at >= first and now - times[at] <= ttl:
-            if known_at is None or known_at[at] <= now:
+            if known is None or known[at] <= bounds[q]:
                 found[q] = at
                 break
             at -= 1

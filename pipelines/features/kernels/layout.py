@@ -14,6 +14,7 @@ from __future__ import annotations
 
 FORMAT = 2
 EMPTY = -(1 << 62)  # a tile tag or a time that no event has
+NEVER = 1 << 62  # a time to live that no age exceeds
 
 # Words of the state's header.
 VERSION, NEWEST, START, COUNT, UNPLACED, SEEN, HEADER = 0, 1, 2, 3, 4, 5, 8

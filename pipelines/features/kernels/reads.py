@@ -21,6 +21,7 @@ from pipelines.features.kernels.layout import (
     L_SERIES,
     L_TILES,
     MISSING,
+    NEVER,
     NEWEST,
     P_HEADER,
     P_LAGS,
@@ -43,8 +44,6 @@ from pipelines.features.kernels.layout import (
     W_TILES,
 )
 from pipelines.features.kernels.tiles import from_raw, load_tile
-
-NEVER = 1 << 62  # a ttl for lags, which are as old as they are meant to be
 
 
 @inner
@@ -172,5 +171,6 @@ def read(
         tag = now // program[series + S_HOP] - program[at + L_TILES]
         tile = program[series + S_TILES] + (tag % program[series + S_RING]) * program[series + S_WIDTH]
         found = load_tile(latest.NOTHING, state, floats, tile, tag)
+        # A lag is as old as it is meant to be.
         judge(found.last, found.newest, now, NEVER, values, status, age, row, program[at + L_OUT])
     return True

@@ -22,6 +22,7 @@ from pipelines.features.kernels.layout import (
     L_ROW,
     L_SERIES,
     L_TILES,
+    NEVER,
     P_HEADER,
     P_LAGS,
     P_SERIES,
@@ -36,7 +37,7 @@ from pipelines.features.kernels.layout import (
     W_SERIES,
     W_TILES,
 )
-from pipelines.features.kernels.reads import NEVER, finish_window, judge
+from pipelines.features.kernels.reads import finish_window, judge
 
 # Columns of the list of a block's tiles that have events: tag, its events, the largest ``known`` up to its end.
 _TAG, _FIRST, _LAST, _KNOWN, _LISTED = 0, 1, 2, 3, 4

@@ -1,0 +1,129 @@
+"""Slowly changing dimensions: facts about a key as of the request, from state and, for the past, from their table.
+
+State is a projection of the dimension's own log and keeps the rows of each key, those that are still to come included.
+Both sides look a row up by one rule, and a row's numbers are taken as they are, so a value made of the past equals the
+served one bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.contracts.events import EVENT_ID, event_order
+from pipelines.features.found import NEVER_STALE, Found
+from pipelines.features.kernels import asof, layout
+from pipelines.features.projection import Projection, unpack
+from pipelines.features.state import StateError
+from pipelines.features.stores import Rebuild, Transaction, open_store
+from pipelines.features.windows import instants, numbers
+from pipelines.spec import Dimension, UseCase
+from pipelines.spec.base import microseconds
+
+MOST_ROWS = 1_000  # of a key that state keeps, the latest of all
+_FORMAT = 1
+_FORMAT_AT, _LEFT_OUT_AT, _HEADER = 0, 1, 2  # words of a key before its rows
+_TIME, _ORDER, _COLUMNS = 0, 1, 2  # words of a row
+
+
+def ttl_of(dimension: Dimension) -> int:
+    """The age in microseconds above which its values are STALE."""
+    return NEVER_STALE if dimension.ttl is None else microseconds(dimension.ttl)
+
+
+def look_up(
+    dimension: Dimension, rows: pa.Table, known: np.ndarray, keys: Sequence[str | None], times: np.ndarray,
+    bounds: np.ndarray,
+) -> Found:  # fmt: skip
+    """What a state would have given for ``keys`` [q] at ``times`` int64[q] (us), from rows of the dimension's table.
+
+    A request sees the rows whose ``known`` number, int64 by row, is at most its bound, int64[q].
+    """
+    contract = dimension.contract
+    encoded = rows.column(contract.entity).combine_chunks().dictionary_encode()
+    code = {name: place for place, name in enumerate(encoded.dictionary.to_pylist())}
+    codes, moments = encoded.indices.to_numpy(zero_copy_only=False), instants(rows, contract.time)
+    order = np.lexsort((event_order(rows.column(EVENT_ID).to_pylist()), moments, codes))
+    asked = np.fromiter((-1 if key is None else code.get(key, -1) for key in keys), np.int64, len(keys))
+    edges = np.searchsorted(codes[order], np.arange(len(code) + 1))
+    places = asof.latest(edges, moments[order], known[order], asked, times, bounds, layout.NEVER)
+    found = np.append(order, -1)[places]
+    values = np.empty((len(dimension.columns), len(keys)))
+    for turn, name in enumerate(dimension.columns):
+        values[turn] = np.append(numbers(rows.column(name)), np.nan)[found]
+    return Found(values, np.append(moments, layout.EMPTY)[found])
+
+
+class DimensionState(Projection):
+    """The rows of one use case's dimension by key, below a directory or in a Redis server as entity state is.
+
+    Of a key the ``MOST_ROWS`` latest are kept.
+    """
+
+    def __init__(self, place: Path | str, use_case: UseCase, dimension: Dimension, view: str) -> None:
+        """``view`` is the fingerprint of the view that ``dimension`` belongs to."""
+        self.dimension = dimension
+        self.source = use_case.source(dimension)
+        store = open_store(place, use_case.name, f"{view}-dimension-{dimension.name}")
+        super().__init__(store, use_case.name, dimension.contract)
+        self._words = _COLUMNS + len(dimension.columns)
+
+    def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
+        """See ``Projection``; a row counts however late it became known."""
+        encoded = rows.column(self.contract.entity).combine_chunks().dictionary_encode()
+        made = np.empty((rows.num_rows, self._words), np.int64)
+        made[:, _TIME] = instants(rows, self.contract.time)
+        made[:, _ORDER] = event_order(rows.column(EVENT_ID).to_pylist())
+        for place, name in enumerate(self.dimension.columns, start=_COLUMNS):
+            made[:, place] = numbers(rows.column(name)).view(np.int64)
+        codes, names = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
+        joined = [self._joined(blob, made[codes == code]) for code, blob in enumerate(txn.get(names))]
+        for name, blob in zip(names, joined, strict=True):
+            txn.put(name, blob)
+        return 0
+
+    def read(self, keys: Sequence[str | None], now_us: int) -> tuple[Found, tuple[int, int]]:
+        """What holds for ``keys`` [n] at ``now_us``, and the (generation, sequence) it was found in.
+
+        All are from one snapshot; nothing holds for None. Raises ``StateError`` when ``now_us`` lies before all the
+        rows that state keeps of a key, but there were more.
+        """
+        values = np.full((len(self.dimension.columns), len(keys)), np.nan)
+        newest = np.full(len(keys), layout.EMPTY)
+        asked = [place for place, key in enumerate(keys) if key is not None]
+        with self.store.reading([key for key in keys if key is not None]) as snapshot:
+            head = unpack(snapshot.head)
+            for place, blob in zip(asked, snapshot.blobs, strict=True):
+                if blob is None:
+                    continue
+                words = self._rows(blob)
+                row = int(np.searchsorted(words[:, _TIME], now_us, side="right")) - 1
+                if row >= 0:
+                    newest[place], values[:, place] = words[row, _TIME], words[row, _COLUMNS:].view(np.float64)
+                elif np.frombuffer(blob, np.int64, _HEADER)[_LEFT_OUT_AT]:
+                    raise StateError(
+                        f"{keys[place]!r} has more than {MOST_ROWS} rows after {now_us} us in dimension "
+                        f"{self.source.name!r}, and earlier ones are not kept: check the clocks of this node"
+                    )
+        return Found(values, newest), (head.generation, head.applied)
+
+    def _joined(self, blob: bytes | memoryview | None, rows: np.ndarray) -> bytes:
+        left_out = 0
+        if blob is not None:
+            left_out = int(np.frombuffer(blob, np.int64, _HEADER)[_LEFT_OUT_AT])
+            rows = np.concatenate([self._rows(blob), rows])
+        rows = rows[np.lexsort((rows[:, _ORDER], rows[:, _TIME]))]
+        left_out |= len(rows) > MOST_ROWS
+        return np.array([_FORMAT, left_out], np.int64).tobytes() + rows[-MOST_ROWS:].tobytes()
+
+    def _rows(self, blob: bytes | memoryview) -> np.ndarray:
+        words = np.frombuffer(blob, np.int64)
+        if len(words) < _HEADER or words[_FORMAT_AT] != _FORMAT or (len(words) - _HEADER) % self._words:
+            raise StateError(
+                f"a key in {self.store.where} has another format than dimension {self.source.name!r} reads: rebuild it "
+                f"with `python -m pipelines.backfill {self._page} --materialize`"
+            )
+        return words[_HEADER:].reshape(-1, self._words)
