@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 import lmdb
 
-_FORMAT = 1
+_FORMAT = 2
 _GENERATIONS = 3
 _SLOT = struct.Struct("<Bqq")  # format, end of writing, time at which it may be forgotten
 _CLOCK = struct.Struct("<Bq")  # format, latest time seen
@@ -71,15 +72,20 @@ class Remembering:
         self._alive = alive
         self._active = active
 
-    def add(self, namespace: int, identity: bytes) -> bool:
-        """Remember ``identity``; False if it was remembered already."""
-        # 128 bits of BLAKE2b: keys of one size, and nobody can make two identities collide.
-        key = namespace.to_bytes(4, "big") + hashlib.blake2b(identity, digest_size=16).digest()
-        for database in self._alive:
-            if self._txn.get(key, db=database) is not None:
-                return False
-        self._txn.put(key, b"", db=self._active)
-        return True
+    def add(self, namespace: int, identities: Sequence[bytes]) -> list[bool]:
+        """Remember ``identities``; which of them were not remembered before, by an earlier one of them neither."""
+        # 128 bits of BLAKE2b: keys of bounded size, and nobody can make two identities collide. What begins alike
+        # lies together, so that identities of one time are written into a few pages; else each costs a page of its own.
+        prefix, digest = namespace.to_bytes(4, "big"), hashlib.blake2b
+        keys = [prefix + identity[:8] + digest(identity, digest_size=16).digest() for identity in identities]
+        older = {
+            key
+            for database in self._alive
+            if database is not self._active
+            for key, _ in self._txn.cursor(database).getmulti(keys)
+        }
+        put, active = self._txn.put, self._active
+        return [key not in older and put(key, b"", overwrite=False, db=active) for key in keys]
 
 
 def _read(form: struct.Struct, blob: bytes | memoryview) -> tuple[int, ...]:

@@ -6,12 +6,13 @@ exactly once, at one place: sequences start at 1 and have no gaps. ``cluster.red
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import lmdb
 
@@ -33,16 +34,17 @@ class LogUnavailable(ConnectionError):
     """The log's server does not answer or refuses; whether it took the records of this call may not be known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What goes in. Two records of one stream with the same ``identity`` are one; None is never compared."""
+class Record(NamedTuple):  # as LogRecord: one is made for every event, and a frozen dataclass takes twice as long
+    """What goes in. Two records of one stream with the same ``identity`` are one; None is never compared.
+
+    A log on a disk is faster when identities that come together have most of their first eight bytes in common.
+    """
 
     identity: bytes | None
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LogRecord:
+class LogRecord(NamedTuple):
     """What comes out. ``known_at_us`` never decreases along a stream."""
 
     sequence: int
@@ -148,7 +150,8 @@ class DurableLog:
             cursor.set_range(_KEY.pack(state.id, start))
             for sequence, blob in zip(range(start, stop + 1), cursor.iternext(keys=False), strict=False):
                 version, known_at = _HEAD.unpack_from(blob)
-                check_format(version, f"record {sequence} of stream {stream!r} in {self.path}")
+                if version != FORMAT:
+                    check_format(version, f"record {sequence} of stream {stream!r} in {self.path}")
                 found.append(LogRecord(sequence, known_at, blob[_HEAD.size :]))
             return found
 
@@ -223,22 +226,26 @@ class Transaction:
         state = self._state(stream)
         known_at = max(self._now, state.known_at)
         head = _HEAD.pack(FORMAT, known_at)
-        put, remember, database = self._txn.put, self._remembering.add, self._log._records
-        sequences: Sequences = []
-        for record in records:
-            if record.identity is not None and not remember(state.id, record.identity):
-                sequences.append(None)
-                continue
-            state.last += 1
+        new = iter(self._remembering.add(state.id, [r.identity for r in records if r.identity is not None]))
+        kept = [record.identity is None or next(new) for record in records]
+        if any(kept):
             state.known_at = known_at
-            put(_KEY.pack(state.id, state.last), head + record.value, db=database)
-            sequences.append(state.last)
+        number = itertools.count(state.last + 1)
+        sequences: Sequences = [next(number) if keep else None for keep in kept]
+        state.last += sum(kept)
+        self._txn.cursor(self._log._records).putmulti(
+            [
+                (_KEY.pack(state.id, sequence), head + record.value)
+                for record, sequence in zip(records, sequences, strict=True)
+                if sequence is not None
+            ]
+        )
         return sequences
 
     def remember(self, stream: str, identities: Sequence[bytes]) -> list[bool]:
         """See ``LogTransaction``."""
         state = self._state(stream)
-        return [self._remembering.add(state.id, identity) for identity in identities]
+        return self._remembering.add(state.id, identities)
 
     def _state(self, stream: str) -> _Stream:
         if stream not in self._states:
@@ -265,7 +272,8 @@ def stream_key(stream: str) -> bytes:
 def check_records(stream: str, records: Sequence[Record]) -> None:
     """Raises ``TypeError`` unless every identity and value is bytes."""
     for record in records:
-        if not isinstance(record.value, bytes) or not isinstance(record.identity, bytes | None):
+        identity = record.identity
+        if not isinstance(record.value, bytes) or not (identity is None or isinstance(identity, bytes)):
             raise TypeError(f"stream {stream!r}: identity and value of a record must be bytes, not {record!r}")
 
 

@@ -26,7 +26,7 @@ from tests.backends import on_redis, open_log
 REMEMBER = 100
 STREAMS = st.sampled_from(["events", "quarantine", "é"])
 RECORDS = st.lists(
-    st.tuples(st.none() | st.integers(0, 12).map(lambda i: b"id%d" % i), st.binary(max_size=6)), max_size=8
+    st.tuples(st.none() | st.integers(0, 12).map(lambda i: b"identity%d" % i), st.binary(max_size=6)), max_size=8
 )
 
 
@@ -84,7 +84,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule(stream=STREAMS, numbers=st.lists(st.integers(0, 12), max_size=4))
     def remember(self, stream, numbers):
         self.latest = max(self.latest, self.now)
-        identities = [b"id%d" % number for number in numbers]
+        identities = [b"identity%d" % number for number in numbers]
         with self.log.transaction(self.now) as txn:
             new = txn.remember(stream, identities)
         assert len(new) == len(identities)
