@@ -24,7 +24,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.enforce import events_table
-from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT, events_schema
+from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT, events_schema, log_identities
 from pipelines.contracts.leases import events_lease
 from pipelines.drain import EVENTS
 from pipelines.features.online import open_log, open_state
@@ -85,12 +85,17 @@ def _rebuild(
             held = sorted(tables.read(table, version=version, columns=[BUCKET]).column(BUCKET).unique().to_pylist())
             oldest = pa.scalar(clock.now() - log.remember_us, pa.int64()).cast(INSTANT)
             for bucket in held:
-                rows = tables.read(table, version=version, columns=[EVENT_ID, KNOWN_AT], partition={BUCKET: [bucket]})
-                recent = rows.filter(pc.greater_equal(rows.column(KNOWN_AT), oldest)).column(EVENT_ID).to_pylist()
-                for start in range(0, len(recent), _REMEMBERED_AT_ONCE):
-                    known = [identity.encode() for identity in recent[start : start + _REMEMBERED_AT_ONCE]]
+                recent = tables.read(
+                    table,
+                    version=version,
+                    columns=[EVENT_ID, source.contract.time],
+                    filter=pc.field(KNOWN_AT) >= oldest,
+                    partition={BUCKET: [bucket]},
+                )
+                known = log_identities(source.contract, recent)
+                for start in range(0, len(known), _REMEMBERED_AT_ONCE):
                     with log.transaction(clock.now()) as transaction:
-                        transaction.remember(EVENTS, known)
+                        transaction.remember(EVENTS, known[start : start + _REMEMBERED_AT_ONCE])
             still_held()
 
             def read(bucket: int) -> pa.Table:

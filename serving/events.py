@@ -22,7 +22,7 @@ from cluster.group_commit import GroupCommit
 from cluster.log import Log, LogFull, LogUnavailable, Record
 from cluster.settings import Settings
 from cluster.tables import Tables
-from pipelines.contracts.events import LOAD_ID, encode_event, event_id
+from pipelines.contracts.events import LOAD_ID, encoder
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.contracts.rules import as_json
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE, drain_once
@@ -44,6 +44,7 @@ class EventIntake:
         """``max_kept`` as of ``GroupCommit``."""
         self._contract = source.contract
         self._model = compile_model(source.contract)
+        self._encode = encoder(source.contract)
         self._clock = clock
         self._commit = GroupCommit(log, clock, after_commit=project, max_kept=max_kept)
 
@@ -71,9 +72,9 @@ class EventIntake:
                 )
                 refused.append(self._quarantine(event, position, rules, now))
             else:
-                identity = event_id(self._contract, record)
-                results.append({"status": "accepted", "event_id": identity})
-                accepted.append(Record(identity.encode(), encode_event(self._contract, record, identity)))
+                event_id, identity, value = self._encode(record)
+                results.append({"status": "accepted", "event_id": event_id})
+                accepted.append(Record(identity, value))
                 places.append(position)
         waiting = []
         try:

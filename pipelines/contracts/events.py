@@ -7,7 +7,7 @@ one identity and one place wherever it came in.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -88,15 +88,55 @@ def from_microseconds(value: int) -> datetime:
 
 
 def event_id(contract: Contract, record: Mapping[str, Any]) -> str:
-    """The identity of one event: its key fields joined by ``|``, a timestamp as microseconds since the epoch.
+    """The id of one event; see ``encoder``."""
+    return encoder(contract)(record)[0]
 
-    A ``|`` or backslash inside a string is escaped by a backslash, so different keys never share an identity.
+
+def encode_event(contract: Contract, record: Mapping[str, Any]) -> bytes:
+    """The log's form of one accepted event; see ``encoder``."""
+    return encoder(contract)(record)[2]
+
+
+def encoder(contract: Contract) -> Callable[[Mapping[str, Any]], tuple[str, bytes, bytes]]:
+    """Compiles the function that gives an accepted record's event id, its identity in the log and its form there.
+
+    The id is the key fields joined by ``|``; a ``|`` or backslash inside a string is escaped by a backslash, so
+    different keys never share an id. The identity is that of ``log_identities``. The form is a JSON array of the id and
+    the fields in contract order; the contract's version is kept by the log's stream name. Timestamps are microseconds
+    since the epoch in both.
     """
-    parts = []
-    for name in contract.key:
-        value = record[name]
-        parts.append(str(to_microseconds(value)) if isinstance(value, datetime) else _text(value))
-    return "|".join(parts)
+    names = [field.name for field in contract.fields]
+    instants = [place for place, field in enumerate(contract.fields) if field.type is FieldType.TIMESTAMP]
+    key = [names.index(name) for name in contract.key]
+    time = names.index(contract.time) if contract.time in contract.key else None
+
+    def encode(record: Mapping[str, Any]) -> tuple[str, bytes, bytes]:
+        values = [record.get(name) for name in names]
+        for place in instants:
+            moment = values[place]
+            if moment is not None:
+                values[place] = to_microseconds(moment)
+        found = "|".join([_text(values[place]) for place in key])
+        return found, _log_identity(found, None if time is None else values[time]), orjson.dumps([found, *values])
+
+    return encode
+
+
+def log_identities(contract: Contract, events: pa.Table) -> list[bytes]:
+    """What the log knows rows of the events table by: their ids, behind their time if that is part of the key.
+
+    So identities of one time lie together in the log, and the same event has the same one.
+    """
+    ids = events.column(EVENT_ID).to_pylist()
+    if contract.time not in contract.key:
+        return [_log_identity(found, None) for found in ids]
+    times = events.column(contract.time).cast(INSTANT).cast(pa.int64()).to_pylist()
+    return [_log_identity(found, time) for found, time in zip(ids, times, strict=True)]
+
+
+def _log_identity(found: str, time_us: int | None) -> bytes:
+    name = found.encode()
+    return name if time_us is None else (time_us + (1 << 63)).to_bytes(8, "big") + name
 
 
 def _text(value: Any) -> str:
@@ -144,19 +184,6 @@ def buckets_of(entities: pa.Array | pa.ChunkedArray, buckets: int) -> pa.Array:
     return pa.array(known[encoded.indices.to_numpy(zero_copy_only=False)] if len(known) else known, pa.int32())
 
 
-def encode_event(contract: Contract, record: Mapping[str, Any], identity: str | None = None) -> bytes:
-    """The log's form of one accepted event: a JSON array of the event id and the fields in contract order.
-
-    Timestamps are microseconds since the epoch. The contract's version is kept by the log's stream name. ``identity``
-    is the event's id where the caller knows it already.
-    """
-    values: list[Any] = [event_id(contract, record) if identity is None else identity]
-    for field in contract.fields:
-        value = record.get(field.name)
-        values.append(to_microseconds(value) if isinstance(value, datetime) else value)
-    return orjson.dumps(values)
-
-
 def decode_events(
     contract: Contract,
     blobs: Sequence[bytes],
@@ -167,21 +194,20 @@ def decode_events(
     buckets: int,
 ) -> pa.Table:
     """The events table rows of log records; ``known_at`` in microseconds since the epoch."""
-    rows = [orjson.loads(blob) for blob in blobs]
-    schema = events_schema(contract)
+    rows = orjson.loads(b"[" + b",".join(blobs) + b"]")
+    ids, *values = zip(*rows, strict=True) if rows else [()] * (len(contract.fields) + 1)
     columns: list[pa.Array] = []
-    for place, field in enumerate(contract.fields, start=1):
-        values = [row[place] for row in rows]
+    for field, found in zip(contract.fields, values, strict=True):
         if field.type is FieldType.TIMESTAMP:
-            columns.append(pa.array(values, pa.int64()).cast(INSTANT))
+            columns.append(pa.array(found, pa.int64()).cast(INSTANT))
         else:
-            columns.append(pa.array(values, _ARROW[field.type]))
+            columns.append(pa.array(found, _ARROW[field.type]))
     entities = columns[[f.name for f in contract.fields].index(contract.entity)]
     columns += [
-        pa.array([row[0] for row in rows], pa.string()),
+        pa.array(ids, pa.string()),
         pa.array(known_at, pa.int64()).cast(INSTANT),
         pa.array(sequences, pa.int64()),
-        pa.array([load_id] * len(rows), pa.string()),
+        pa.repeat(pa.scalar(load_id, pa.string()), len(rows)),
         buckets_of(entities, buckets),
     ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.Table.from_arrays(columns, schema=events_schema(contract))

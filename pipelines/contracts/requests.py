@@ -94,7 +94,9 @@ def check_record(
     time = typed.get(model.contract.time)
     if time is not None and (late := _future(model, time, now_us)):
         return None, [late]
-    return {f.name: typed.get(f.name) for f in model.fields}, []
+    if len(typed) < len(model.fields):
+        typed = {f.name: typed.get(f.name) for f in model.fields}
+    return typed, []
 
 
 def _annotation(field: Field) -> Any:

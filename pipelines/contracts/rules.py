@@ -10,11 +10,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.contracts.events import to_microseconds
 from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec.base import microseconds
 
 MISSING, TYPE, FINITE, MINIMUM, MAXIMUM = "missing", "type", "finite", "minimum", "maximum"
 PATTERN, ALLOWED, FUTURE, UNIT, UNKNOWN = "pattern", "allowed", "future", "unit", "unknown"
@@ -122,7 +123,7 @@ def _clamp(limit: float, rounded: Callable[[float], int]) -> int:
 
 def latest_us(contract: Contract, now_us: int) -> int:
     """The newest event time that is not in the future, in microseconds since the epoch."""
-    return now_us + contract.future // timedelta(microseconds=1)
+    return now_us + microseconds(contract.future)
 
 
 def as_json(record: Any) -> str:

@@ -51,6 +51,10 @@ def test_an_event_survives_the_log_unchanged(data: st.DataObject) -> None:
     assert back.select(names).to_pylist() == table.to_pylist()
     assert back.column(events.EVENT_ID).to_pylist() == events.event_ids(contract, table).to_pylist()
     assert back.schema == events.events_schema(contract)
+    encode = events.encoder(contract)
+    made = [encode(record) for record in typed if record is not None]
+    assert [value for _, _, value in made] == blobs
+    assert [identity for _, identity, _ in made] == events.log_identities(contract, back)
 
 
 EVERY_TYPE = Contract(
@@ -90,6 +94,15 @@ def test_keys_of_every_type_have_one_identity_and_survive_the_log() -> None:
     back = events.decode_events(EVERY_TYPE, blobs, range(count), range(count), load_id="x", buckets=5)
     assert back.select(parsed.table.column_names).to_pylist() == parsed.table.to_pylist()
     assert back.column(events.EVENT_ID).to_pylist() == ids
+
+
+def test_what_the_log_knows_events_by_stands_in_the_order_of_their_times() -> None:
+    parsed = rows.from_records(EVERY_TYPE, RECORDS)
+    table = parsed.table.append_column(events.EVENT_ID, events.event_ids(EVERY_TYPE, parsed.table))
+    found = dict(zip(events.log_identities(EVERY_TYPE, table), parsed.table.column("at").to_pylist(), strict=True))
+    assert [found[identity] for identity in sorted(found)] == sorted(found.values())
+    untimed = EVERY_TYPE.model_copy(update={"key": ("who",)})
+    assert events.log_identities(untimed, table) == [i.encode() for i in table.column(events.EVENT_ID).to_pylist()]
 
 
 def test_a_separator_inside_a_key_cannot_make_two_events_one() -> None:

@@ -20,7 +20,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import backfill as job
 from pipelines.contracts.enforce import events_table
-from pipelines.contracts.events import BUCKET, EVENT_ID, encode_event, events_schema
+from pipelines.contracts.events import BUCKET, EVENT_ID, encode_event, events_schema, log_identities
 from pipelines.drain import drain
 from pipelines.features.offline import build_examples, examples_schema
 from pipelines.features.online import OnlineState, open_log, open_state
@@ -219,7 +219,7 @@ def test_an_event_that_a_load_brought_is_not_taken_again_by_the_log(tables: Tabl
     clock.set(BASE + 80 * MINUTE)
     job.materialize(CASE, tables=tables, database=database(settings), settings=settings, clock=clock)
     rows = history().sort_by("_known_at")
-    oldest, newest = (rows.column(EVENT_ID)[i].as_py().encode() for i in (0, rows.num_rows - 1))
+    oldest, *_, newest = log_identities(CONTRACT, rows)
     log = open_log(settings, CASE)
     with log.transaction(clock.now()) as txn:
         taken = txn.append("events", [Record(newest, b"x"), Record(oldest, b"y"), Record(b"new", b"z")])
