@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipelines.contracts.events import from_microseconds
 from pipelines.features.kernels import checks, rolling
 from pipelines.features.state import StateError
-from pipelines.features.windows import EventColumns, Plan, eligible, take
+from pipelines.features.windows import EventColumns, Plan, canonical, eligible, take
 from pipelines.spec.base import microseconds
 
 
@@ -68,7 +68,7 @@ def sweep(plan: Plan, columns: EventColumns, known: np.ndarray, reads: Reads, *,
         counts = eligible(plan, columns)
         columns, known = take(columns, np.flatnonzero(counts)), known[counts]
     if not in_order:
-        order = np.lexsort((columns.orders, columns.times, columns.entities))
+        order = canonical(columns)
         columns, known = take(columns, order), known[order]
     asked = reads.entities
     if np.any(asked < 0):

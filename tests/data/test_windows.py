@@ -20,12 +20,13 @@ from pipelines.contracts.events import (
     KNOWN_AT,
     decode_events,
     encode_event,
+    event_order,
     from_microseconds,
 )
 from pipelines.features.offline import LABEL, STATUS, TIME, build_examples
 from pipelines.features.state import StateError
 from pipelines.features.sweep import Reads, places, sweep
-from pipelines.features.windows import EventColumns, compile_plan, event_columns
+from pipelines.features.windows import EventColumns, canonical, compile_plan, event_columns, event_orders
 from pipelines.spec import FeatureView, Field, FieldType, Fold, Lag, ModelSpec, Split, Target, UseCase, Window
 from tests.data.entity import EntityState
 from tests.data.oracle import Event, features
@@ -102,6 +103,23 @@ def test_events_of_one_moment_are_folded_in_canonical_order_however_they_stand()
     columns = EventColumns(("m",), times * 0, times, orders, times, times, np.array([[2.0, 2.0], [1.0, 1.0]]))
     found = sweep(PLAN, columns, times, Reads(np.zeros(1, np.int64), times[:1], times[:1])).values[0]
     assert [found[PLAN.features.index(f"flow_{fold}_1m")] for fold in ("first", "last")] == [1.0, 2.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=140), max_size=20), st.integers(0, 3))
+def test_the_kernel_orders_events_by_the_hash_of_their_ids(ids: list[str], skipped: int) -> None:
+    ids += ["x" * size for size in range(15, 132)]
+    assert event_orders(pa.array(ids).slice(skipped)).tolist() == event_order(ids[skipped:]).tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(-9, 9)), max_size=20), st.booleans())
+def test_the_canonical_order_is_by_entity_time_and_hash(rows: list[tuple[int, int, int]], ties: bool) -> None:
+    if not ties:
+        rows = list({row[:2]: row for row in rows}.values())
+    entities, times, orders = np.array(rows, np.int64).reshape(-1, 3).T
+    columns = EventColumns(tuple("abcd"), entities, times, orders, times, times, np.empty((len(rows), 0)))
+    assert [rows[place] for place in canonical(columns)] == sorted(rows)
 
 
 def test_reads_may_come_in_any_order_and_of_unknown_entities() -> None:

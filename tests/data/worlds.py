@@ -40,6 +40,7 @@ VIEW = FeatureView(
         Window(field="flow", length=60 * SECOND, hop=20 * SECOND, folds=tuple(Fold), half_life=15 * SECOND),
         Window(field="flow", length=300 * SECOND, hop=60 * SECOND, folds=(Fold.SLOPE, Fold.MEAN, Fold.STD, Fold.SUM)),
         Window(field="level", length=40 * SECOND, hop=40 * SECOND, folds=(Fold.LAST, Fold.MIN)),
+        Window(field="level", length=60 * SECOND, hop=20 * SECOND, folds=(Fold.LAST,)),
         Window(field="level", length=420 * SECOND, hop=20 * SECOND,
                folds=(Fold.EWM, Fold.STD, Fold.DISTINCT, Fold.COUNT, Fold.MAX), half_life=timedelta(days=1)),
     ),

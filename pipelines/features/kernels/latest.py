@@ -1,4 +1,4 @@
-"""The last value of a part of time, for lags: the smallest accumulator there is."""
+"""The last value of a part of time, for lags and windows of it alone: the smallest accumulator there is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipelines.features.kernels.compiled import inner
 from pipelines.features.kernels.layout import EMPTY
 
 WIDTH = 2
+C_LAST = 0
 
 
 class Latest(NamedTuple):

@@ -12,7 +12,7 @@ and per lag.
 
 from __future__ import annotations
 
-FORMAT = 2
+FORMAT = 3
 EMPTY = -(1 << 62)  # a tile tag or a time that no event has
 NEVER = 1 << 62  # a time to live that no age exceeds
 

@@ -158,6 +158,8 @@ def read(
         family = program[series + S_FAMILY]
         if family == families.MOMENTS:
             _window(moments.NOTHING, state, floats, program, w, now, values, status, age, row)
+        elif family == families.LATEST:
+            _window(latest.NOTHING, state, floats, program, w, now, values, status, age, row)
         elif others is not None:
             if family == families.TREND:
                 _window(trend.NOTHING, state, floats, program, w, now, values, status, age, row)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.features.kernels import decay, distinct, families, moments, trend
+from pipelines.features.kernels import decay, distinct, families, latest, moments, trend
 from pipelines.features.kernels.compiled import compiled, inner
 from pipelines.features.kernels.families import empty, load, merge, store, update
 from pipelines.features.kernels.layout import (
@@ -127,7 +127,7 @@ def _window(
         tag = times[at] // hop
     end = (tag + 1) * hop
     block_end = (tag // n + 1) * n
-    first, latest = at, EMPTY
+    first, newest_known = at, EMPTY
     head, prefix, base = empty(like), empty(like), empty(like)
     for q in range(first_read, last_read):
         now, bound = moments[q], bounds[q]
@@ -136,12 +136,12 @@ def _window(
             moved = True
             while at < m and times[at] < end:
                 head = update(head, column[at], times[at])
-                latest = max(latest, known[at])
+                newest_known = max(newest_known, known[at])
                 at += 1
             if at > first:
                 prefix = merge(prefix, head)
                 j = here + c
-                listed[j, _TAG], listed[j, _FIRST], listed[j, _LAST], listed[j, _KNOWN] = tag, first, at, latest
+                listed[j, _TAG], listed[j, _FIRST], listed[j, _LAST], listed[j, _KNOWN] = tag, first, at, newest_known
                 store(head, words, tiles, j * width)
                 store(prefix, merged_words, merged, j * width)
                 c += 1
@@ -162,9 +162,9 @@ def _window(
                 base = merge(load(like, merged_words, merged, (before + low) * width), prefix)
         while at < m and times[at] <= now:
             head = update(head, column[at], times[at])
-            latest = max(latest, known[at])
+            newest_known = max(newest_known, known[at])
             at += 1
-        if latest <= bound:
+        if newest_known <= bound:
             whole = merge(base, head)
         else:
             suffix = empty(like)
@@ -245,6 +245,8 @@ def roll(
             x, family = columns[program[series + S_FIELD], i:j], program[series + S_FAMILY]
             if family == families.MOMENTS:
                 _window(_MOMENTS, program, w, t, x, k, moments, bounds, q, r, values, status, age)
+            elif family == families.LATEST:
+                _window(latest.NOTHING, program, w, t, x, k, moments, bounds, q, r, values, status, age)
             elif others is not None:
                 if family == families.TREND:
                     _window(trend.NOTHING, program, w, t, x, k, moments, bounds, q, r, values, status, age)
