@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -42,7 +43,7 @@ def audit_lately(
     *,
     tables: Tables,
     database: Database,
-    states: Sequence[Projection],
+    states: Sequence[Projection[Any]],
     clock: Clock,
     lately: timedelta = timedelta(hours=24),
     share: float = 0.05,

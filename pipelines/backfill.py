@@ -10,9 +10,9 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -69,7 +69,7 @@ def materialize(
 
 def _rebuild(
     source: EventSource,
-    states: Sequence[Projection],
+    states: Sequence[Projection[Any]],
     tables: Tables,
     database: Database,
     settings: Settings,
@@ -102,22 +102,10 @@ def _rebuild(
                 return tables.read(table, version=version, partition={BUCKET: [bucket]})
 
             for state in states:
-                state.materialize(_read_ahead(read, held), version, log, EVENTS, drained)
+                state.materialize(map(read, held), version, log, EVENTS, drained)
         return version
     finally:
         log.close()
-
-
-def _read_ahead(read: Callable[[int], pa.Table], buckets: Sequence[int]) -> Iterator[pa.Table]:
-    """Each bucket's rows; while they are worked on, the next ones are read."""
-    with ThreadPoolExecutor(1) as reading:
-        following = [reading.submit(read, bucket) for bucket in buckets[:1]]
-        for bucket in buckets[1:]:
-            rows = following.pop().result()
-            following.append(reading.submit(read, bucket))
-            yield rows
-        for last in following:
-            yield last.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

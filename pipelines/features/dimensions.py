@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.contracts.events import EVENT_ID, event_order
+from pipelines.contracts.events import EVENT_ID
 from pipelines.features.found import NEVER_STALE, Found
 from pipelines.features.kernels import asof, layout
 from pipelines.features.projection import Projection, unpack
 from pipelines.features.state import StateError
 from pipelines.features.stores import Rebuild, Transaction, open_store
-from pipelines.features.windows import instants, numbers
+from pipelines.features.windows import event_orders, instants, numbers
 from pipelines.spec import Dimension, UseCase
 from pipelines.spec.base import microseconds
 
@@ -46,7 +46,7 @@ def look_up(
     encoded = rows.column(contract.entity).combine_chunks().dictionary_encode()
     code = {name: place for place, name in enumerate(encoded.dictionary.to_pylist())}
     codes, moments = encoded.indices.to_numpy(zero_copy_only=False), instants(rows, contract.time)
-    order = np.lexsort((event_order(rows.column(EVENT_ID).to_pylist()), moments, codes))
+    order = np.lexsort((event_orders(rows.column(EVENT_ID)), moments, codes))
     asked = np.fromiter((-1 if key is None else code.get(key, -1) for key in keys), np.int64, len(keys))
     edges = np.searchsorted(codes[order], np.arange(len(code) + 1))
     places = asof.latest(edges, moments[order], known[order], asked, times, bounds, layout.NEVER)
@@ -57,7 +57,7 @@ def look_up(
     return Found(values, np.append(moments, layout.EMPTY)[found])
 
 
-class DimensionState(Projection):
+class DimensionState(Projection[list[tuple[str, np.ndarray]]]):
     """The rows of one use case's dimension by key, below a directory or in a Redis server as entity state is.
 
     Of a key the ``MOST_ROWS`` latest are kept.
@@ -71,16 +71,21 @@ class DimensionState(Projection):
         super().__init__(store, use_case.name, dimension.contract)
         self._words = _COLUMNS + len(dimension.columns)
 
-    def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
-        """See ``Projection``; a row counts however late it became known."""
+    def prepare(self, rows: pa.Table) -> list[tuple[str, np.ndarray]]:
+        """See ``Projection``: every key with its rows; a row counts however late it became known."""
         encoded = rows.column(self.contract.entity).combine_chunks().dictionary_encode()
         made = np.empty((rows.num_rows, self._words), np.int64)
         made[:, _TIME] = instants(rows, self.contract.time)
-        made[:, _ORDER] = event_order(rows.column(EVENT_ID).to_pylist())
+        made[:, _ORDER] = event_orders(rows.column(EVENT_ID))
         for place, name in enumerate(self.dimension.columns, start=_COLUMNS):
             made[:, place] = numbers(rows.column(name)).view(np.int64)
         codes, names = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
-        joined = [self._joined(blob, made[codes == code]) for code, blob in enumerate(txn.get(names))]
+        return [(name, made[codes == code]) for code, name in enumerate(names)]
+
+    def apply(self, txn: Transaction | Rebuild, seen: list[tuple[str, np.ndarray]]) -> int:
+        """See ``Projection``."""
+        names = [name for name, _ in seen]
+        joined = [self._joined(blob, rows) for blob, (_, rows) in zip(txn.get(names), seen, strict=True)]
         for name, blob in zip(names, joined, strict=True):
             txn.put(name, blob)
         return 0

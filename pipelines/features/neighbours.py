@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.contracts.events import EVENT_ID, KNOWN_AT, SEQUENCE, event_order
+from pipelines.contracts.events import EVENT_ID, KNOWN_AT, SEQUENCE
 from pipelines.features.found import Found
 from pipelines.features.kernels import moments, nearest
 from pipelines.features.projection import Projection, unpack
 from pipelines.features.state import StateError
 from pipelines.features.stores import Rebuild, Transaction, open_store
-from pipelines.features.windows import READ_BEHIND, instants, number_of, numbers
+from pipelines.features.windows import READ_BEHIND, event_orders, instants, number_of, numbers
 from pipelines.spec import Contract, Fold, Neighbours, UseCase
 from pipelines.spec.base import microseconds
 
@@ -95,7 +95,7 @@ def points_of(find: Searcher, contract: Contract, events: pa.Table) -> Points:
     rows = np.flatnonzero(counts & ~np.isnan(floats[0]) & ~np.isnan(floats[1]))
     points = np.empty((len(rows), find.words), np.int64)
     points[:, nearest.TIME] = times[rows]
-    points[:, nearest.ORDER] = event_order(events.column(EVENT_ID).take(pa.array(rows)).to_pylist())
+    points[:, nearest.ORDER] = event_orders(events.column(EVENT_ID).take(pa.array(rows)))
     for place, values in enumerate(floats, start=nearest.LONGITUDE):
         points[:, place] = values[rows].view(np.int64)
     return Points(points, nearest.cells(points, find.search.step), rows)
@@ -136,7 +136,7 @@ def search_past(
     return Found(values, newest)
 
 
-class NeighbourState(Projection):
+class NeighbourState(Projection[Points]):
     """The points of one use case's neighbours by cell, below a directory or in a Redis server as entity state is.
 
     A cell keeps ``within`` and ``behind_us`` behind its newest event; each change writes a cell anew, so cells are for
@@ -150,9 +150,12 @@ class NeighbourState(Projection):
         store = open_store(place, use_case.name, f"{view}-near-{near.name}")
         super().__init__(store, use_case.name, use_case.contract)
 
-    def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
+    def prepare(self, rows: pa.Table) -> Points:
+        """See ``Projection``."""
+        return points_of(self.find, self.contract, rows)
+
+    def apply(self, txn: Transaction | Rebuild, found: Points) -> int:
         """See ``Projection``; every event that is within the contract's lateness can be placed."""
-        found = points_of(self.find, self.contract, rows)
         order = np.argsort(found.cells, kind="stable")
         named, edges = np.unique(found.cells[order], return_index=True)
         names = [str(number) for number in named.tolist()]

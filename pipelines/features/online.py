@@ -22,7 +22,7 @@ from pipelines.features.projection import NO_TABLE, Projection, unpack
 from pipelines.features.served import Status
 from pipelines.features.state import apply_events, read_into, vectors, words
 from pipelines.features.stores import Rebuild, Transaction, open_store
-from pipelines.features.windows import EventColumns, Plan, compile_plan, eligible, event_columns, take
+from pipelines.features.windows import EventColumns, Plan, canonical, compile_plan, eligible, event_columns, take
 from pipelines.spec import EventSource, UseCase
 from pipelines.spec.base import microseconds
 
@@ -84,7 +84,7 @@ def open_state(settings: Settings, use_case: UseCase) -> OnlineState:
     return OnlineState(settings.state_url or state_path(settings, use_case), use_case)
 
 
-class OnlineState(Projection):
+class OnlineState(Projection[EventColumns]):
     """The state of one use case's present view; one object per process.
 
     ``place`` is a directory, for LMDB, or the URL of a Redis server. Each view fingerprint has a store of its own
@@ -104,7 +104,7 @@ class OnlineState(Projection):
         )
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
+    def projections(self) -> tuple[Projection[Any], ...]:
         """All states that are made of the use case's events: this one and its neighbours."""
         return (self, *self.neighbours)
 
@@ -114,7 +114,7 @@ class OnlineState(Projection):
         return (*self.neighbours, *self.dimensions)
 
     @property
-    def states(self) -> tuple[Projection, ...]:
+    def states(self) -> tuple[Projection[Any], ...]:
         """All states that a read sees: this one, its neighbours, its dimensions."""
         return (self, *self.beside)
 
@@ -140,12 +140,17 @@ class OnlineState(Projection):
         for other in self.beside:
             other.close()
 
-    def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
-        """See ``Projection``."""
+    def prepare(self, rows: pa.Table) -> EventColumns:
+        """See ``Projection``: those rows that count, by entity and in canonical order."""
         columns = event_columns(self.plan, rows)
-        kept = np.flatnonzero(eligible(self.plan, columns))
-        order = np.lexsort((columns.orders[kept], columns.times[kept], columns.entities[kept]))
-        seen, unplaced = take(columns, kept[order]), 0
+        counts = eligible(self.plan, columns)
+        if not counts.all():
+            columns = take(columns, np.flatnonzero(counts))
+        return take(columns, canonical(columns))
+
+    def apply(self, txn: Transaction | Rebuild, seen: EventColumns) -> int:
+        """See ``Projection``."""
+        unplaced = 0
         for first, last, names, edges in _parts(self.plan, seen):
             part = (seen.times[first:last], seen.orders[first:last], seen.values[first:last])
             states, late = apply_events(self.plan, list(txn.get(names)), edges - first, *part)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +22,9 @@ from pipelines.contracts.events import SEQUENCE, decode_events
 from pipelines.features.state import StateError
 from pipelines.features.stores import Rebuild, Store, Transaction
 from pipelines.spec import Contract
+
+T = TypeVar("T")
+Prepared = TypeVar("Prepared")
 
 NO_TABLE = -1  # the table version of generation 0, which was never materialized
 _HEAD = struct.Struct("<BQQQ")  # format, applied sequence, generation, events that could not be placed
@@ -35,7 +41,7 @@ class Head:
     unplaced: int = 0
 
 
-class Projection(ABC):
+class Projection(ABC, Generic[Prepared]):
     """The state in ``store`` of events under ``contract``; one object per process.
 
     ``use_case`` is the name of the page that the state belongs to, for messages.
@@ -47,8 +53,12 @@ class Projection(ABC):
         self._page = use_case
 
     @abstractmethod
-    def apply(self, txn: Transaction | Rebuild, rows: pa.Table) -> int:
-        """Applies rows of the events table to what they touch; how many could not be placed."""
+    def prepare(self, rows: pa.Table) -> Prepared:
+        """What ``apply`` wants of rows of the events table; any thread may ask, and the store is not looked at."""
+
+    @abstractmethod
+    def apply(self, txn: Transaction | Rebuild, seen: Prepared) -> int:
+        """Applies what ``prepare`` made to what it touches; how many events could not be placed."""
 
     def project(self, log: Log, stream: str = "events") -> int:
         """Applies every log record not yet applied and returns the last applied sequence.
@@ -83,16 +93,17 @@ class Projection(ABC):
 
         ``drained`` is the last sequence that left the log for that version; it may be higher than any row's, because a
         drained duplicate leaves no row. ``events`` is the whole table or parts of it, each with all rows of its
-        entities. Readers see the old state or the new one, and the new one has applied all that the old one had.
-        Returns the new generation, which remembers ``table_version``. Raises ``StateError`` when another rebuild was
-        faster.
+        entities; another thread makes and prepares the next part while one is applied. Readers see the old state or
+        the new one, and the new one has applied all that the old one had. Returns the new generation, which remembers
+        ``table_version``. Raises ``StateError`` when another rebuild was faster.
         """
         with self.store.rebuilding() as rebuild:
             before = unpack(rebuild.head)
             covered, unplaced = drained, 0
-            for part in [events] if isinstance(events, pa.Table) else events:
-                unplaced += self.apply(rebuild, part)
-                covered = max(covered, pc.max(part.column(SEQUENCE)).as_py() or 0)
+            parts = [events] if isinstance(events, pa.Table) else events
+            for last, seen in _ahead((pc.max(part.column(SEQUENCE)).as_py(), self.prepare(part)) for part in parts):
+                unplaced += self.apply(rebuild, seen)
+                covered = max(covered, last or 0)
             head = Head(covered, before.generation + 1, unplaced)
             while True:
                 while (further := self._advance(rebuild, head, log, stream)) != head:
@@ -156,7 +167,17 @@ class Projection(ABC):
             load_id="",
             buckets=1,
         )
-        return Head(records[-1].sequence, head.generation, head.unplaced + self.apply(txn, rows))
+        return Head(records[-1].sequence, head.generation, head.unplaced + self.apply(txn, self.prepare(rows)))
+
+
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items; while one is worked on, another thread makes the next."""
+    making = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(lambda: list(islice(making, 1)))
+        while made := following.result():
+            following = thread.submit(lambda: list(islice(making, 1)))
+            yield made[0]
 
 
 def unpack(found: bytes | None) -> Head:

@@ -75,7 +75,7 @@ def audit(
     predictions: pa.Table,
     *,
     tables: Tables,
-    states: Sequence[Projection],
+    states: Sequence[Projection[Any]],
 ) -> SkewReport:
     """Recomputes stored and numeric columns of ``predictions`` (``SERVED_SCHEMA``) from the events table.
 
@@ -192,7 +192,7 @@ def _recompute(
     plan: Plan,
     own: _Snapshots,
     facts: Sequence[_Snapshots],
-    states: Sequence[Projection],
+    states: Sequence[Projection[Any]],
     part: pa.Table,
     inputs: Mapping[str, list[Any]],
 ) -> np.ndarray:
