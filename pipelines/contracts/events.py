@@ -179,6 +179,8 @@ def buckets_of(entities: pa.Array | pa.ChunkedArray, buckets: int) -> pa.Array:
     """``bucket_of`` of every row as int32; computed once per distinct entity."""
     if isinstance(entities, pa.ChunkedArray):
         entities = entities.combine_chunks()
+    if buckets == 1:
+        return pa.array(np.zeros(len(entities), np.int32))
     encoded = entities.dictionary_encode()
     known = np.array([bucket_of(e, buckets) for e in encoded.dictionary.to_pylist()], dtype=np.int32)
     return pa.array(known[encoded.indices.to_numpy(zero_copy_only=False)] if len(known) else known, pa.int32())

@@ -22,21 +22,20 @@ class StateError(RuntimeError):
 
 
 def words(plan: Plan, blob: bytes | memoryview) -> np.ndarray:
-    """Writable int64 words of a stored state, which is copied."""
-    return _checked(plan, bytearray(blob))
-
-
-def _checked(plan: Plan, blob: bytes | bytearray | memoryview) -> np.ndarray:
-    """The int64 words of a stored state; ``StateError`` when another format or view wrote it."""
-    found = np.frombuffer(blob, np.int64)
+    """Writable int64 words of a stored state, which is copied; ``StateError`` when another format or view wrote it."""
+    found = np.frombuffer(bytearray(blob), np.int64)
     if len(found) < plan.fixed_words or found[layout.VERSION] != layout.FORMAT:
-        raise StateError(
-            f"a stored state has format {blob[0]} and {len(blob)} bytes, but view {plan.view.name!r} "
-            f"({plan.fingerprint}) reads format {layout.FORMAT} from {plan.fixed_words * 8} bytes on; "
-            "rebuild the state "
-            "with `python -m pipelines.backfill USECASE --materialize`"
-        )
+        raise _unreadable(plan, blob)
     return found
+
+
+def _unreadable(plan: Plan, blob: bytes | memoryview) -> StateError:
+    return StateError(
+        f"a stored state has format {blob[0]} and {len(blob)} bytes, but view {plan.view.name!r} "
+        f"({plan.fingerprint}) reads format {layout.FORMAT} from {plan.fixed_words * 8} bytes on; "
+        "rebuild the state "
+        "with `python -m pipelines.backfill USECASE --materialize`"
+    )
 
 
 def _too_many(plan: Plan, count: int) -> StateError:
@@ -61,17 +60,19 @@ def apply_events(
     one than the contract's lateness allows cannot be placed and changes nothing else. Raises ``StateError`` when an
     entity has more than ``MAX_RAW_EVENTS`` events too recent to be settled, or a blob is of another format or view.
     """
-    fixed, row = plan.fixed_words, plan.raw_words
-    held = np.array([fixed if blob is None else len(blob) // 8 for blob in blobs], np.int64)
-    begins = np.concatenate([[0], np.cumsum(held + np.diff(edges) * row)])
-    states = np.empty(begins[-1], np.int64)
-    before = 0
-    for e, blob in enumerate(blobs):
-        if blob is not None:
-            found = _checked(plan, blob)
-            states[begins[e] : begins[e] + len(found)] = found
-            before += int(found[layout.UNPLACED])
     new = np.array([blob is None for blob in blobs], np.bool_)
+    sizes = np.array([0 if blob is None else len(blob) for blob in blobs], np.int64)
+    held = np.maximum(sizes // 8, plan.fixed_words)
+    begins = np.concatenate([[0], np.cumsum(held + np.diff(edges) * plan.raw_words)])
+    states = np.empty(begins[-1], np.int64)
+    whole = states.data.cast("B")
+    for blob, at in zip(blobs, (8 * begins[:-1]).tolist(), strict=True):
+        if blob is not None:
+            whole[at : at + len(blob)] = blob
+    read = states[begins[:-1] + layout.VERSION] == layout.FORMAT
+    for e in np.flatnonzero(~new & ~(read & (sizes >= 8 * plan.fixed_words))):
+        raise _unreadable(plan, whole[8 * begins[e] :][: sizes[e]])
+    before = int(states[begins[:-1][~new] + layout.UNPLACED].sum())
     lengths = tiles.apply(
         states, begins, new, plan.empty_state, plan.program, plan.others, edges, times, orders, values
     )
@@ -79,7 +80,6 @@ def apply_events(
     if most > MAX_RAW_EVENTS:
         raise _too_many(plan, most)
     after = int(states[begins[:-1] + layout.UNPLACED].sum())
-    whole = states.data.cast("B")
     ends = begins[:-1] + lengths
     made = [whole[8 * a : 8 * b] for a, b in zip(begins[:-1].tolist(), ends.tolist(), strict=True)]
     return made, after - before
