@@ -66,6 +66,18 @@ def test_neither_batch_splits_nor_restarts_from_bytes_change_the_state(world: Wo
     assert parts.to_bytes() == whole.to_bytes()
 
 
+@given(worlds())
+@settings(max_examples=60, deadline=None)
+def test_a_state_begun_with_many_events_in_order_is_that_of_one_after_the_other(world: World) -> None:
+    events = sorted(counted(PLAN, world.events), key=lambda e: (e.time, e.order))
+    whole, parts = EntityState(PLAN), EntityState(PLAN)
+    if events:
+        whole.apply(*arrays(PLAN, events))
+    for event in events:
+        parts.apply(*arrays(PLAN, [event]))
+    assert parts.to_bytes() == whole.to_bytes()
+
+
 @given(st.lists(worlds(most=25), min_size=1, max_size=3), st.data())
 @settings(max_examples=60, deadline=None)
 def test_states_of_many_entities_changed_at_once_are_those_changed_one_by_one(

@@ -165,16 +165,85 @@ def _insert(
     _settle(state, floats, program, others)
 
 
+@inner
+def _fold_run(
+    like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, times: np.ndarray,
+    values: np.ndarray, settled: int,
+) -> None:  # fmt: skip
+    """What ``_fold_in`` and ``_settle_into`` make of ordered events, each tile folded once and kept when it is whole.
+
+    The first ``settled`` of the events are to be settled.
+    """
+    hop, ring, width = program[series + S_HOP], program[series + S_RING], program[series + S_WIDTH]
+    field, at = program[series + S_FIELD], program[series + S_SETTLED]
+    a, tag, tile, end = empty(like), EMPTY, 0, EMPTY
+    for i in range(times.shape[0]):
+        if times[i] >= end:
+            if tag != EMPTY:
+                state[tile] = tag
+                store(a, state, floats, tile + 1)
+            a, tag = empty(like), times[i] // hop
+            tile, end = program[series + S_TILES] + (tag % ring) * width, (tag + 1) * hop
+        a = update(a, values[i, field], times[i])
+        if i == settled - 1:
+            state[at] = tag
+            store(a, state, floats, at + 1)
+    state[tile] = tag
+    store(a, state, floats, tile + 1)
+
+
+@inner
+def _begin(
+    state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None, times: np.ndarray,
+    orders: np.ndarray, values: np.ndarray,
+) -> None:  # fmt: skip
+    """Puts ordered events into an empty state: what ``_insert`` of one after the other makes of it."""
+    count = times.shape[0]
+    settled, newest = count, times[count - 1]
+    while settled > 0 and times[settled - 1] >= newest - program[P_REACH]:
+        settled -= 1
+    for s in range(program[P_SERIES]):
+        series = P_HEADER + s * S_ROW
+        family = program[series + S_FAMILY]
+        if family == families.LATEST:
+            _fold_run(latest.NOTHING, state, floats, program, series, times, values, settled)
+        elif family == families.MOMENTS:
+            _fold_run(moments.NOTHING, state, floats, program, series, times, values, settled)
+        elif others is not None:
+            if family == families.TREND:
+                _fold_run(trend.NOTHING, state, floats, program, series, times, values, settled)
+            elif family == families.DECAY:
+                like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
+                _fold_run(like, state, floats, program, series, times, values, settled)
+            else:
+                _fold_run(distinct.nothing(), state, floats, program, series, times, values, settled)
+    at = program[P_FIXED]
+    for i in range(settled, count):
+        state[at], state[at + 1] = times[i], orders[i]
+        for field in range(program[P_FIELDS]):
+            floats[at + 2 + field] = values[i, field]
+        at += 2 + program[P_FIELDS]
+    state[COUNT], state[SEEN], state[NEWEST] = count - settled, count, newest
+
+
+@inner
+def _ordered(times: np.ndarray, orders: np.ndarray) -> bool:
+    for i in range(1, times.shape[0]):
+        if times[i] < times[i - 1] or (times[i] == times[i - 1] and orders[i] < orders[i - 1]):
+            return False
+    return True
+
+
 @compiled
 def apply(
-    states: np.ndarray, begins: np.ndarray, new: np.ndarray, empty: np.ndarray, program: np.ndarray,
+    states: np.ndarray, begins: np.ndarray, new: np.ndarray, nothing: np.ndarray, program: np.ndarray,
     others: bool | None, edges: np.ndarray, times: np.ndarray, orders: np.ndarray, values: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """Applies events (times, orders int64[m], values float64[m, fields]) to many entities; how many words each state
     then has, int64[e].
 
     Entity e has the words from ``begins[e]`` to ``begins[e + 1]`` of ``states``, room for its events included, and the
-    events [edges[e], edges[e + 1]). Where it is ``new``, its state is made from ``empty``. In whatever order and
+    events [edges[e], edges[e + 1]). Where it is ``new``, its state is made from ``nothing``. In whatever order and
     however split events arrive, a state becomes the same function of their set. ``others`` is None for a program
     without families beyond LATEST and MOMENTS: their code is then not even compiled.
     """
@@ -183,10 +252,14 @@ def apply(
     row = 2 + program[P_FIELDS]
     for e in range(new.shape[0]):
         state, its_floats = states[begins[e] : begins[e + 1]], floats[begins[e] : begins[e + 1]]
+        i, j = edges[e], edges[e + 1]
         if new[e]:
-            state[: empty.shape[0]] = empty
-        for i in range(edges[e], edges[e + 1]):
-            _insert(state, its_floats, program, others, times[i], orders[i], values[i])
+            state[: nothing.shape[0]] = nothing
+            if i < j and _ordered(times[i:j], orders[i:j]):
+                _begin(state, its_floats, program, others, times[i:j], orders[i:j], values[i:j])
+                i = j
+        for k in range(i, j):
+            _insert(state, its_floats, program, others, times[k], orders[k], values[k])
         first = program[P_FIXED] + state[START] * row
         for word in range(state[COUNT] * row):  # the unsettled to where stored bytes have them
             state[program[P_FIXED] + word] = state[first + word]
