@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from functools import cache
 
 import orjson
 import pyarrow as pa
@@ -25,12 +25,14 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.events import INSTANT, buckets_of
-from pipelines.features.online import open_state
-from pipelines.features.projection import Projection
+from pipelines.features.online import OnlineState
 from pipelines.features.served import predictions_table
-from pipelines.features.skew import SkewReport, audit
+from pipelines.features.skew import SkewReport, audit, columns_of_the_page
+from pipelines.features.views import open_views
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
+from pipelines.training.artifact import load
+from pipelines.training.registry import fetched
 
 ALERT = "feature_skew"
 AGREES, DIFFERS, NOTHING = 0, 1, 3
@@ -43,14 +45,15 @@ def audit_lately(
     *,
     tables: Tables,
     database: Database,
-    states: Sequence[Projection[Any]],
+    states: Mapping[str, OnlineState],
     clock: Clock,
+    columns: Callable[[str], Sequence[str] | None] = columns_of_the_page,
     lately: timedelta = timedelta(hours=24),
     share: float = 0.05,
 ) -> SkewReport:
     """Audits the predictions of the time ``lately`` whose id's hash falls into ``share`` (0 to 1) of all hashes.
 
-    ``states`` are the ``OnlineState.states`` that they were answered from.
+    ``states`` and ``columns`` as of ``pipelines.features.skew.audit``.
     Opens the alert ``feature_skew`` when a value differs, and resolves it when some were checked and none does.
     """
     name = predictions_table(use_case)
@@ -60,7 +63,7 @@ def audit_lately(
     since, until = (pa.scalar(at, pa.int64()).cast(INSTANT) for at in (now - microseconds(lately), now))
     logged = tables.read(name, filter=(pc.field("_time") >= since) & (pc.field("_time") <= until))
     chosen = logged.filter(pc.less(buckets_of(logged.column("prediction_id"), _SLOTS), round(share * _SLOTS)))
-    report = audit(use_case, chosen, tables=tables, states=states)
+    report = audit(use_case, chosen, tables=tables, states=states, columns=columns)
     alerts = Alerts(database, clock)
     if report.mismatched:
         worst = max(report.by_feature, key=lambda feature: report.by_feature[feature].differing)
@@ -75,6 +78,17 @@ def audit_lately(
     return report
 
 
+def fetched_columns(use_case: UseCase, settings: Settings) -> Callable[[str], Sequence[str] | None]:
+    """The numeric columns of the versions that this node has fetched, None for any other; for ``audit_lately``."""
+
+    @cache
+    def columns(version: str) -> Sequence[str] | None:
+        found = fetched(use_case.name, version, settings.cache_dir / "models")
+        return None if found is None else load(found).numeric
+
+    return columns
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The job's entry point; settings come from the environment."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.audit", description=__doc__)
@@ -86,17 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     database = Database(settings.database_url)
     database.create()
     use_case = usecases.load(chosen.use_case)
-    state = open_state(settings, use_case)
+    views = open_views(settings, use_case)
     report = audit_lately(
         use_case,
         tables=Tables(settings.tables_url, settings.storage_options),
         database=database,
-        states=state.states,
+        states=views.states,
         clock=open_clock(settings),
         lately=timedelta(hours=chosen.hours),
         share=chosen.share,
+        columns=fetched_columns(use_case, settings),
     )
-    state.close()
+    views.close()
     database.close()
     # orjson writes null for NaN, which json would write as what is no JSON.
     sys.stdout.write(orjson.dumps(asdict(report)).decode() + "\n")

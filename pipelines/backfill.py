@@ -11,7 +11,7 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,9 +27,10 @@ from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT, events_schema, log_identities
 from pipelines.contracts.leases import events_lease
 from pipelines.drain import EVENTS
-from pipelines.features.online import open_log, open_state
+from pipelines.features.online import open_log
 from pipelines.features.projection import Projection
 from pipelines.features.training_table import backfill
+from pipelines.features.views import open_views
 from pipelines.spec import EventSource, UseCase
 
 _REMEMBERED_AT_ONCE = 10_000  # others cannot append during a transaction: keep it short
@@ -37,34 +38,46 @@ _REMEMBERED_AT_ONCE = 10_000  # others cannot append during a transaction: keep 
 
 @dataclass(frozen=True)
 class Materialized:
-    """Online state after a rebuild at ``at_us``: from ``events_version`` and the log up to ``sequence``."""
+    """The state of ``view`` after a rebuild at ``at_us``: from ``events_version`` and the log up to ``sequence``.
 
+    That of the present view says in ``kept`` what became of the states of the page's kept views.
+    """
+
+    view: str
     generation: int
     events_version: int
     sequence: int
     entities: int
     at_us: int
+    kept: tuple[Materialized, ...] = ()
 
 
 def materialize(
     use_case: UseCase, *, tables: Tables, database: Database, settings: Settings, clock: Clock
 ) -> Materialized:
-    """Rebuilds the online state from the newest events table and the ingest log after it.
+    """Rebuilds the state of every view of the page from the newest events table and the ingest log after it.
 
+    The present view comes first, the kept ones after it, their dimensions last; newer state stays.
     No load and no drain commits meanwhile. In LMDB, no other state or log of the use case may be open in this
     process; other processes go on reading the old state until the new one is whole. Two buckets at a time are held
     in memory. First the log learns the ids of all rows that could still reach state, so an event that came with a
     load is not taken again over HTTP.
     """
-    state = open_state(settings, use_case)
+    views = open_views(settings, use_case)
     try:
-        version = _rebuild(use_case, state.projections, tables, database, settings, clock)
-        for dimension in state.dimensions:
-            tables.ensure(events_table(dimension.source), events_schema(dimension.contract), [BUCKET])
-            _rebuild(dimension.source, (dimension,), tables, database, settings, clock)
-        return Materialized(state.position()[0], version, state.applied(), state.entities(), clock.now())
+        of_events = [one for state in views.states.values() for one in state.projections]
+        version = _rebuild(use_case, of_events, tables, database, settings, clock)
+        for fed in views.dimensions.values():
+            tables.ensure(events_table(fed.source), events_schema(fed.source.contract), [BUCKET])
+            _rebuild(fed.source, list(fed.states.values()), tables, database, settings, clock)
+        now = clock.now()
+        done = [
+            Materialized(view, state.position()[0], version, state.applied(), state.entities(), now)
+            for view, state in views.states.items()
+        ]
+        return replace(done[0], kept=tuple(done[1:]))
     finally:
-        state.close()
+        views.close()
 
 
 def _rebuild(
@@ -96,12 +109,12 @@ def _rebuild(
                 for start in range(0, len(known), _REMEMBERED_AT_ONCE):
                     with log.transaction(clock.now()) as transaction:
                         transaction.remember(EVENTS, known[start : start + _REMEMBERED_AT_ONCE])
-            still_held()
 
             def read(bucket: int) -> pa.Table:
                 return tables.read(table, version=version, partition={BUCKET: [bucket]})
 
             for state in states:
+                still_held()
                 state.materialize(map(read, held), version, log, EVENTS, drained)
         return version
     finally:
@@ -114,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("use_case", choices=usecases.names())
     parser.add_argument("--events-version", type=int, help="version of the events table (default: the newest)")
     parser.add_argument("--engine", choices=("auto", "arrow", "ray"), default="auto")
-    parser.add_argument("--materialize", action="store_true", help="also rebuild the online state")
+    parser.add_argument("--materialize", action="store_true", help="also rebuild the state of all views")
     parser.add_argument("--only-state", action="store_true", help="with --materialize: leave the training table alone")
     options = parser.parse_args(arguments)
     if options.only_state and not options.materialize:

@@ -115,13 +115,16 @@ def drain_once(
     settings: Settings,
     holder: str,
     *,
-    stop_at: Mapping[str, int] | None = None,
+    stop_at: Callable[[], Mapping[str, int]] = dict,
 ) -> Drained | None:
-    """``drain`` under the lease of the use case; None, and nothing done, while another holds it."""
+    """``drain`` under the lease of the use case; None, and nothing done, while another holds it.
+
+    ``stop_at`` is asked under the lease: a rebuild of state holds it too, so what one has published is known by then.
+    """
     if not leases.try_events(database, source, holder):
         return None
     with leases.events_lease(database, source, holder) as still_held:
-        return drain(source, log, tables, settings, stop_at=stop_at, before_commit=still_held)
+        return drain(source, log, tables, settings, stop_at=stop_at(), before_commit=still_held)
 
 
 def _event_rows(source: EventSource, settings: Settings, records: Sequence[LogRecord]) -> pa.Table:

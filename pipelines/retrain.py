@@ -28,7 +28,7 @@ from pipelines.contracts.events import INSTANT
 from pipelines.features.offline import TIME
 from pipelines.features.served import OUTCOME_SCHEMA, SERVED_SCHEMA, outcomes_table, predictions_table
 from pipelines.features.training_table import training_rows
-from pipelines.features.windows import view_fingerprint
+from pipelines.features.windows import pages
 from pipelines.monitoring.drift import Drift, Rows, judge_drift
 from pipelines.monitoring.performance import Decay, Reference, champion_answers, judge_decay
 from pipelines.retraining import triggers
@@ -78,21 +78,20 @@ def observe(use_case: UseCase, champion: str, *, tables: Tables, registry: Regis
         raise ValueError(f"use case {use_case.name!r} has no retraining policy: nothing says when to train it again")
     entry = registry.version(use_case.name, champion)
     snapshot = json.loads(entry.tags["snapshot"])
-    # A table version of the training table may have been made by another view; the events version says which rows.
-    same_view = snapshot["view"] == view_fingerprint(use_case.view, use_case.contract)
+    # The table version belongs to the view that made it; None for a view that is no longer on the page.
+    page = pages(use_case).get(snapshot["view"])
     newest_us: int | None = None
-    if policy.max_age is not None and same_view:
+    if policy.max_age is not None and page is not None:
         dimensions = snapshot["dimensions"]
-        made = training_rows(use_case, tables, snapshot["events_version"], dimensions=dimensions, columns=[TIME])
+        made = training_rows(page, tables, snapshot["events_version"], dimensions=dimensions, columns=[TIME])
         newest_us = pc.max(pc.cast(made.column(TIME), pa.int64())).as_py()
+    rule = None if policy.drift is None or page is None else _watched(use_case, page, policy.drift)
     return Observed(
         version=champion,
         now_us=now_us,
         newest_us=newest_us,
         decay=None if policy.decay is None else _decay(use_case, policy.decay, entry, tables, now_us),
-        drift=None
-        if policy.drift is None or not same_view
-        else _drift(use_case, policy.drift, snapshot, tables, now_us),
+        drift=None if rule is None or page is None else _drift(page, rule, snapshot, tables, now_us),
     )
 
 
@@ -179,7 +178,19 @@ def _decay(use_case: UseCase, rule: DecayRule, entry: ModelVersion, tables: Tabl
     )
 
 
+def _watched(use_case: UseCase, page: UseCase, rule: DriftRule) -> DriftRule | None:
+    """The rule as far as answers from the view of ``page`` can be held to it; None for not at all.
+
+    Those of a kept view log numeric columns that the page does not name, so only the stored ones are watched.
+    """
+    if page is use_case:
+        return rule
+    stored = tuple(name for name in rule.columns if name in page.view.stored)
+    return rule.model_copy(update={"columns": stored}) if stored else None
+
+
 def _drift(use_case: UseCase, rule: DriftRule, snapshot: dict[str, Any], tables: Tables, now_us: int) -> Drift:
+    """Drift of a champion that answers from the view of ``use_case``."""
     frame = load_examples(
         use_case,
         tables,
@@ -200,15 +211,14 @@ def _drift(use_case: UseCase, rule: DriftRule, snapshot: dict[str, Any], tables:
 
 
 def served_rows(use_case: UseCase, rule: DriftRule, predictions: pa.Table) -> Rows:
-    """The watched columns as they were served: ``predictions`` are logged answers of the present view.
+    """The watched columns as they were served: ``predictions`` are logged answers of the view of ``use_case``.
 
-    Answers of another model definition, whose numeric columns are others, are left out.
+    Where numeric columns are watched, answers of another model definition, which has others, are left out.
     """
     stored, numeric = use_case.view.stored, use_case.model.numeric
-    fits = pc.and_(
-        pc.equal(pc.list_value_length(predictions.column("stored")), len(stored)),
-        pc.equal(pc.list_value_length(predictions.column("numeric")), len(numeric)),
-    )
+    fits = pc.equal(pc.list_value_length(predictions.column("stored")), len(stored))
+    if not set(rule.columns) <= set(stored):
+        fits = pc.and_(fits, pc.equal(pc.list_value_length(predictions.column("numeric")), len(numeric)))
     mine = predictions.filter(pc.fill_null(fits, False))
     columns = {}
     for name in rule.columns:

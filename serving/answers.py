@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,22 @@ import orjson
 from pipelines.contracts.events import from_microseconds
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.features import derived
-from pipelines.features.online import BoundReader, Read
+from pipelines.features.online import BoundReader, OnlineState, Read
 from pipelines.features.served import Status
-from pipelines.features.windows import view_fingerprint
+from pipelines.features.views import Views
 from pipelines.spec import FieldType, UseCase
 from pipelines.training.artifact import Artifact, Prediction
 from serving.fallback import Filled
 from serving.problems import Problem
-from serving.runner import LoadedVersion, Rows
+from serving.runner import DescribedVersion, LoadedVersion, Rows
 
 MAX_INSTANCES = 1000
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """n instances with everything a model needs, as of ``now_us``.
+    """n instances with everything a model needs, as of ``now_us``, by the view of ``page``, whose fingerprint is
+    ``view``.
 
     ``filled`` are the stored features after the fallback ladder, ``numeric`` float64 [n, d] the model's columns;
     ``usable`` bool [n] says where the ladder, the anchor and the scale allow an answer, whatever version gives it.
@@ -42,6 +43,8 @@ class Prepared:
     numeric: np.ndarray
     usable: np.ndarray
     now_us: int
+    page: UseCase
+    view: str
 
     def take(self, rows: np.ndarray) -> Rows:
         """What a runner needs of the instances at ``rows``."""
@@ -81,21 +84,34 @@ class Answered:
         return [orjson.dumps(row) for row in self.rows]
 
 
-class Predictor:
-    """Answers for one use case; versions are handed in with each call, so a swap needs no lock."""
+@dataclass(frozen=True)
+class _View:
+    """What rows of one view are made by: the page under it, its state, and its inputs by kind.
 
-    def __init__(self, use_case: UseCase, reader: BoundReader) -> None:
+    ``strings`` has the entity too; by those ``asked`` for, neighbours and dimensions are found. ``of_entity`` are the
+    stored features that need no more than the entity to be found.
+    """
+
+    page: UseCase
+    reader: BoundReader
+    numbers: tuple[str, ...]
+    strings: tuple[str, ...]
+    asked: tuple[str, ...]
+    of_entity: frozenset[str]
+
+
+class Predictor:
+    """Answers for one use case; versions are handed in with each call, so a swap needs no lock.
+
+    A request may bring the inputs of every view of the page.
+    """
+
+    def __init__(self, use_case: UseCase, views: Views) -> None:
         self._use_case = use_case
-        self._reader = reader
-        contract, view = use_case.contract, use_case.view
-        self._model = compile_model(contract, (contract.entity, *view.inputs), f"{use_case.name}_instance")
-        self._numbers = [n for n in view.inputs if contract.field(n).type is not FieldType.STRING]
-        self._strings = {contract.entity, *use_case.model.categorical}
-        self._stored = view.stored
-        self._of_entity = _of_entity(use_case)
-        asked = [*(near.asked for near in view.neighbours), [dimension.key for dimension in view.dimensions]]
-        self._asked = tuple(dict.fromkeys(name for names in asked for name in names))
-        self._fingerprint = view_fingerprint(view, contract)
+        self._views = views
+        self._made = {view: _view(state) for view, state in views.states.items()}
+        inputs = dict.fromkeys(name for made in self._made.values() for name in made.page.view.inputs)
+        self._model = compile_model(use_case.contract, (use_case.contract.entity, *inputs), f"{use_case.name}_instance")
 
     def parse(self, document: Any) -> list[dict[str, Any]]:
         """The typed instances of a request; raises ``Problem`` 400 or 422 naming every wrong field."""
@@ -120,30 +136,45 @@ class Predictor:
             raise Problem(422, "The request breaks its contract", "Mend the fields listed under errors.", errors)
         return records
 
-    def prepare(self, records: Sequence[Mapping[str, Any]], version: LoadedVersion, now_us: int) -> Prepared:
-        """Features and columns of typed instances, as of ``now_us`` (the cluster's clock).
+    def prepare(
+        self, records: Sequence[Mapping[str, Any]], version: LoadedVersion | DescribedVersion, now_us: int
+    ) -> Prepared:
+        """Features and columns of typed instances by the version's view, as of ``now_us`` (the cluster's clock).
 
-        What is missing is filled in by the ladder of ``version``, the champion, before any version is assigned.
+        What is missing is filled in by the ladder of ``version``. Raises ``StateGap`` when the view's state is not
+        complete.
         """
-        use_case, artifact = self._use_case, version.runner.artifact
-        count = len(records)
-        entities = [record[use_case.contract.entity] for record in records]
-        asked = {name: [record.get(name) for record in records] for name in self._asked}
-        read = self._reader.read(entities, now_us, asked)
+        artifact = version.artifact
+        self._views.check(artifact.view)
+        made, count = self._made[artifact.view], len(records)
+        entities = [record[artifact.entity] for record in records]
+        asked = {name: [record.get(name) for record in records] for name in made.asked}
+        read = made.reader.read(entities, now_us, asked)
         inputs = {
             name: np.array([np.nan if (v := record.get(name)) is None else v for record in records], dtype=np.float64)
-            for name in self._numbers
+            for name in made.numbers
         }
         if version.ladder is None:
             filled = Filled(read.values, read.status, np.zeros(count, np.uint8), {})
         else:
             filled = version.ladder.fill(read, entities, now_us)
-        columns = derived.columns(use_case.view, filled.values, inputs, np.full(count, now_us, dtype=np.int64))
-        strings = {name: [record[name] for record in records] for name in self._strings}
-        numeric = np.stack([columns[name] for name in artifact.numeric], axis=1)
+        columns = derived.columns(made.page.view, filled.values, inputs, np.full(count, now_us, dtype=np.int64))
+        strings = {name: [record[name] for record in records] for name in made.strings}
+        numeric = _numeric(artifact, columns)
         fine = usable(artifact, columns, count)
         fine[list(filled.refused)] = False
-        return Prepared(records, entities, read, filled, columns, strings, numeric, fine, now_us)
+        return Prepared(
+            records, entities, read, filled, columns, strings, numeric, fine, now_us, made.page, artifact.view
+        )
+
+    def challenger(self, prepared: Prepared, version: DescribedVersion) -> Prepared:
+        """The instances that the champion has answered as ``version`` is to have them; raises as ``prepare``.
+
+        Versions of one view share what the champion's state and ladder gave.
+        """
+        if version.artifact.view == prepared.view:
+            return replace(prepared, numeric=_numeric(version.artifact, prepared.columns))
+        return self.prepare(prepared.records, version, prepared.now_us)
 
     def champion(
         self, records: Sequence[Mapping[str, Any]], version: LoadedVersion, now_us: int
@@ -164,24 +195,25 @@ class Predictor:
         champion: str,
         taken: np.ndarray | None = None,
         challenger: str | None = None,
+        tried: Prepared | None = None,
     ) -> Answered:
-        """The document and the log of ``prediction`` [n], which the challenger made where ``taken``."""
-        read, filled, records = prepared.read, prepared.filled, prepared.records
+        """The document and the log of ``prediction`` [n], which the challenger made, of ``tried``, where ``taken``."""
         as_of = from_microseconds(prepared.now_us).isoformat().replace("+00:00", "Z")
-        prefix, others = os.urandom(12).hex(), [number for position in read.others for number in position]
+        prefix = os.urandom(12).hex()
         answers, logged = [], []
-        for i in range(len(records)):
+        for i in range(len(prepared.records)):
             value, lower, upper = (
                 float(series[i]) for series in (prediction.value, prediction.lower, prediction.upper)
             )
             valid, bounded = np.isfinite(value), np.isfinite(lower) and np.isfinite(upper)
             identity = f"{prefix}{i:04x}"
-            tried = taken is not None and bool(taken[i])
-            version = challenger if tried else champion
-            variant = "challenger" if tried else "champion"
+            own = tried if taken is not None and taken[i] else None
+            version, variant = (champion, "champion") if own is None else (challenger, "challenger")
+            rows = own or prepared
+            read, filled, view = rows.read, rows.filled, rows.page.view
             flagged = {
                 name: Status(status).name
-                for name, status in zip(self._stored, filled.status[i].tolist(), strict=True)
+                for name, status in zip(view.stored, filled.status[i].tolist(), strict=True)
                 if status != Status.FRESH
             }
             degraded = []
@@ -211,16 +243,16 @@ class Predictor:
             logged.append(
                 {
                     "prediction_id": identity,
-                    "_time": prepared.now_us,
-                    "entity": prepared.entities[i],
-                    "inputs": orjson.dumps({n: records[i].get(n) for n in self._use_case.view.inputs}).decode(),
+                    "_time": rows.now_us,
+                    "entity": rows.entities[i],
+                    "inputs": orjson.dumps({n: rows.records[i].get(n) for n in view.inputs}).decode(),
                     "stored": filled.values[i].tolist(),
                     "status": filled.status[i].tolist(),
-                    "numeric": prepared.numeric[i].tolist(),
+                    "numeric": rows.numeric[i].tolist(),
                     "sequence": read.sequence,
                     "generation": read.generation,
-                    "others": others,
-                    "view": self._fingerprint,
+                    "others": [number for position in read.others for number in position],
+                    "view": rows.view,
                     "model_version": version,
                     "variant": variant,
                     "value": value,
@@ -230,20 +262,32 @@ class Predictor:
             )
         return Answered({"predictions": answers, "as_of": as_of}, logged)
 
-    def warm(self, version: LoadedVersion, now_us: int) -> None:
-        """Answers made-up rows and drops the answers, so that no caller waits for a compiler or a first page."""
-        record: dict[str, Any] = dict.fromkeys(self._strings, "") | dict.fromkeys(self._numbers, 1.0)
+    def warm(self, version: LoadedVersion | DescribedVersion, now_us: int) -> None:
+        """Answers made-up rows and drops the answers, so that no caller waits for a compiler or a first page.
+
+        Of a version that is only described the rows are made and not answered.
+        """
+        made = self._made[version.artifact.view]
+        record: dict[str, Any] = dict.fromkeys(made.strings, "") | dict.fromkeys(made.numbers, 1.0)
         for count in (1, 2):
+            if isinstance(version, DescribedVersion):
+                self.prepare([record] * count, version, now_us)
+                continue
             prepared, prediction, _ = self.champion([record] * count, version, now_us)
             self.compose(prepared, prediction, version.version).records()
 
-    def features(self, entity: str, now_us: int) -> dict[str, Any]:
-        """What state holds for one entity now: value, status and age of every feature that needs no request."""
-        read = self._reader.read([entity], now_us)
+    def features(self, entity: str, now_us: int, view: str) -> dict[str, Any]:
+        """What state of ``view`` holds for one entity now: value, status and age of every feature that needs no
+        request.
+        """
+        self._views.check(view)
+        made = self._made[view]
+        read = made.reader.read([entity], now_us)
         if not read.known[0]:
             raise Problem(404, "Unknown entity", f"No event of {entity!r} has come in; check the name.")
         return {
             "entity": entity,
+            "view": view,
             "sequence": read.sequence,
             "generation": read.generation,
             "features": {
@@ -253,22 +297,36 @@ class Predictor:
                     "age_seconds": age if np.isfinite(age) else None,
                 }
                 for name, value, status, age in zip(
-                    self._stored,
+                    made.page.view.stored,
                     read.values[0].tolist(),
                     read.status[0].tolist(),
                     read.age_s[0].tolist(),
                     strict=True,
                 )
-                if name in self._of_entity
+                if name in made.of_entity
             },
         }
 
 
-def _of_entity(use_case: UseCase) -> frozenset[str]:
-    """The stored features that need no more than the entity to be found."""
-    view, entity = use_case.view, use_case.contract.entity
-    own = [dimension.features for dimension in view.dimensions if dimension.key == entity]
-    return frozenset(view.of_entity).union(*own)
+def _view(state: OnlineState) -> _View:
+    contract, view = state.use_case.contract, state.use_case.view
+    numbers = tuple(name for name in view.inputs if contract.field(name).type is not FieldType.STRING)
+    strings = (contract.entity, *(name for name in view.inputs if name not in numbers))
+    asked = [*(near.asked for near in view.neighbours), [dimension.key for dimension in view.dimensions]]
+    own = [dimension.features for dimension in view.dimensions if dimension.key == contract.entity]
+    return _View(
+        page=state.use_case,
+        reader=state.bind(),
+        numbers=numbers,
+        strings=strings,
+        asked=tuple(dict.fromkeys(name for names in asked for name in names)),
+        of_entity=frozenset(view.of_entity).union(*own),
+    )
+
+
+def _numeric(artifact: Artifact, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """float64 [n, d]: the columns of the version's model."""
+    return np.stack([columns[name] for name in artifact.numeric], axis=1)
 
 
 def usable(artifact: Artifact, columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:

@@ -102,7 +102,7 @@ def build_api(gateway: Gateway) -> FastAPI:
     @app.get("/features/{entity}", dependencies=allow(Scope.READ), tags=["read"])
     def features(entity: str) -> wire.FeaturesResponse:
         """What state holds for an entity: value, status and age of every stored feature."""
-        return wire.FeaturesResponse(**gateway.predictor.features(entity, gateway.clock.now()))
+        return wire.FeaturesResponse(**gateway.predictor.features(entity, gateway.clock.now(), gateway.view))
 
     @app.get("/status", dependencies=allow(Scope.READ), tags=["read"])
     def status() -> dict[str, Any]:
@@ -137,7 +137,7 @@ def build_api(gateway: Gateway) -> FastAPI:
     @app.get("/readyz", tags=["health"])
     def readyz() -> dict[str, str]:
         """The replica can answer and everything behind it works."""
-        if failures := gateway.status()["failures"]:
+        if failures := gateway.failures():
             raise Problem(503, "Not ready", "; ".join(failures))
         return {"status": "ready"}
 

@@ -180,19 +180,24 @@ def _features(options: argparse.Namespace) -> int:
         return backfill.main([use_case.name, "--materialize", "--only-state"])
     from cluster.clock import open_clock
     from cluster.settings import Settings
-    from pipelines.features.online import open_state
+    from pipelines.features.online import StateGap, open_log
+    from pipelines.features.views import open_views
     from serving.answers import Predictor
     from serving.problems import Problem
 
     settings = Settings.from_environment()
-    state = open_state(settings, use_case)
+    views = open_views(settings, use_case)
     try:
-        shown = Predictor(use_case, state.bind()).features(options.entity, open_clock(settings).now())
-    except Problem as problem:
-        print(f"tidegate: {problem.detail}", file=sys.stderr)
+        for fed in views.sources:
+            log = open_log(settings, fed.source)
+            fed.look(log)
+            log.close()
+        shown = Predictor(use_case, views).features(options.entity, open_clock(settings).now(), views.present)
+    except (Problem, StateGap) as problem:
+        print(f"tidegate: {problem.detail if isinstance(problem, Problem) else problem}", file=sys.stderr)
         return 1
     finally:
-        state.close()
+        views.close()
     print(json.dumps(shown, indent=1))
     return 0
 

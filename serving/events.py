@@ -26,8 +26,6 @@ from pipelines.contracts.events import LOAD_ID, encoder
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.contracts.rules import as_json
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE, drain_once
-from pipelines.features.dimensions import DimensionState
-from pipelines.features.online import open_log
 from pipelines.spec import EventSource
 from serving.problems import Problem
 
@@ -138,7 +136,8 @@ class EventIntake:
 class Drain:
     """Moves the log to the tables in the background, whenever nobody else of the node or cluster does.
 
-    State is brought up to the log first, and no event leaves the log before state has it.
+    State is brought up to the log first, and no event leaves the log before state has it: ``project`` returns the
+    sequence that all state has which the log feeds.
     """
 
     def __init__(
@@ -155,7 +154,8 @@ class Drain:
         self.failure: BaseException | None = None
 
         def turn() -> None:
-            done = drain_once(source, log, tables, database, settings, holder, stop_at={EVENTS: project()})
+            project()  # also where another gateway has the lease: this process sees whose state is in step
+            done = drain_once(source, log, tables, database, settings, holder, stop_at=lambda: {EVENTS: project()})
             if done is not None and self.failure is not None:
                 alerts.resolve(ALERT, source.name, "the log reaches its tables again")
                 self.failure = None
@@ -199,7 +199,9 @@ class DimensionFeed:
 
     def __init__(
         self,
-        state: DimensionState,
+        source: EventSource,
+        log: Log,
+        project: Callable[[], int],
         *,
         settings: Settings,
         clock: Clock,
@@ -208,11 +210,7 @@ class DimensionFeed:
         alerts: Alerts,
         holder: str,
     ) -> None:
-        source, log = state.source, open_log(settings, state.source)
-
-        def project() -> int:
-            return state.project(log)
-
+        """``project`` brings the state of ``source`` up to ``log``, as of ``Drain``."""
         project()  # what an earlier process logged and did not live to apply
         self.log = log
         self.intake = EventIntake(source, log, clock, project, settings.log_rows)

@@ -31,7 +31,7 @@ from serving.challenger import Asker
 from serving.rollout.actor import handle, start
 from serving.rollout.serve_world import gateway_lease
 from serving.routing import RoutingTable
-from serving.runner import LoadedVersion, VersionRefused, load_version
+from serving.runner import DescribedVersion, LoadedVersion, VersionRefused, describe_version, load_version
 from serving.trial import Tally, Trial
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,16 @@ class Follower:
     """Keeps ``serving`` up to the newest routing table; ``close`` ends it."""
 
     def __init__(
-        self, use_case: UseCase, settings: Settings, database: Database, warm: Callable[[LoadedVersion], None]
+        self,
+        use_case: UseCase,
+        settings: Settings,
+        database: Database,
+        warm: Callable[[LoadedVersion | DescribedVersion], None],
     ) -> None:
-        """Raises ``RuntimeError`` before the first champion, ``VersionRefused`` when it does not load."""
+        """Raises ``RuntimeError`` before the first champion, ``VersionRefused`` when it does not load.
+
+        ``warm`` makes ready what a version's rows are made of; it may raise ``VersionRefused``.
+        """
         table = routing.read(database, use_case.name)
         if table is None:
             raise RuntimeError(f"{use_case.name!r} has no champion: release a version before its gateway starts")
@@ -83,6 +90,7 @@ class Follower:
         self._loading: dict[str, Future[LoadedVersion]] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._asker: Asker | None = None
+        self._described: DescribedVersion | None = None
         self._leaving: list[tuple[float, Asker]] = []
         self._actor: Any = None
         self._renewed = -_RENEW_S
@@ -91,6 +99,10 @@ class Follower:
         self.serving = Serving(table, self._loaded[table.champion])
         self._thread = threading.Thread(target=self._follow, name="following", daemon=True)
         self._thread.start()
+
+    def refused(self) -> dict[str, str]:
+        """The versions that cannot be loaded or tried here at the moment, and why."""
+        return {version: refusal.reason for version, refusal in self._refused.items()}
 
     def alive(self) -> bool:
         """Whether the thread still follows."""
@@ -166,9 +178,12 @@ class Follower:
                     self._loaded[version] = future.result()
                     self._refused.pop(version, None)
                 except VersionRefused as error:
-                    # Perhaps only the registry was away: it counts as refused after some tries.
-                    tries = self._refused[version].tries + 1 if version in self._refused else 1
-                    self._refused[version] = _Refusal(str(error), tries, now + _AFTER_REFUSAL_S)
+                    self._refuse(version, error)
+
+    def _refuse(self, version: str, error: VersionRefused) -> None:
+        """Perhaps only the registry was away, or its state is being built: it counts as refused after some tries."""
+        tries = self._refused[version].tries + 1 if version in self._refused else 1
+        self._refused[version] = _Refusal(str(error), tries, time.monotonic() + _AFTER_REFUSAL_S)
 
     def _apply(self, table: RoutingTable) -> None:
         now = self.serving
@@ -182,6 +197,8 @@ class Follower:
             self.serving = Serving(table, champion, trial)
         kept = table.versions
         self._loaded = {version: loaded for version, loaded in self._loaded.items() if version in kept}
+        if table.challenger is not None:
+            kept |= {table.challenger.version}
         self._refused = {version: why for version, why in self._refused.items() if version in kept}
 
     def _trial(self, table: RoutingTable, champion: LoadedVersion) -> Trial | None:
@@ -191,10 +208,14 @@ class Follower:
             self._leave()
             trial = None
         if wanted is None:
+            self._described = None
             return None
         if trial is not None:
             trial.follow(wanted)
             return trial
+        described = self._describe(wanted.version)
+        if described is None:
+            return None
         try:
             asker = Asker(self._use_case.name, wanted.version)
             if not asker.ready(_ASKER_READY_S):
@@ -206,7 +227,23 @@ class Follower:
         target = self._use_case.contract.field(self._use_case.model.target.field)
         # Fixed for the whole rollout, from the champion's past on this node, so both versions are held to one limit.
         slow_s = max(wanted.slow_factor * champion.median_s(), wanted.slow_floor_ms / 1e3)
-        return Trial(wanted, asker.ask, slow_s, self._tally, target.limits, table.champion)
+        return Trial(wanted, asker.ask, slow_s, self._tally, target.limits, table.champion, described)
+
+    def _describe(self, version: str) -> DescribedVersion | None:
+        """What the challenger's rows are made by, ready to be used; None as long as that cannot be had."""
+        if self._described is not None and self._described.version == version:
+            return self._described
+        if version in self._refused and self._refused[version].again_s > time.monotonic():
+            return None
+        try:
+            described = describe_version(self._use_case, version, self._settings)
+            self._warm(described)
+        except VersionRefused as error:
+            self._refuse(version, error)
+            return None
+        self._refused.pop(version, None)
+        self._described = described
+        return described
 
     def _wants_trial(self) -> bool:
         return self.serving.table.challenger is not None and self.serving.trial is None

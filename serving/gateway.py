@@ -23,8 +23,9 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
-from pipelines.features.online import open_log, open_state
+from pipelines.features.online import OnlineState, StateGap, open_log
 from pipelines.features.state import StateError
+from pipelines.features.views import open_views
 from pipelines.training.artifact import Prediction
 from serving.answers import Answered, Other, Predictor, Prepared
 from serving.auth import KeyRing, Scope
@@ -32,8 +33,8 @@ from serving.events import DimensionFeed, Drain, EventIntake
 from serving.following import Follower, Serving
 from serving.problems import Problem
 from serving.rollout.operators import Rollouts
-from serving.runner import LoadedVersion
-from serving.trial import Asked
+from serving.runner import DescribedVersion, LoadedVersion, VersionRefused
+from serving.trial import Asked, Trial
 from serving.watch import Watch
 
 ASGIScope = MutableMapping[str, Any]
@@ -58,10 +59,13 @@ class Gateway:
         self.database = Database(settings.database_url)
         self.alerts = Alerts(self.database, self.clock)
         self.log = open_log(settings, self.use_case)
-        self.state = open_state(settings, self.use_case)
-        self._project()  # what an earlier process logged and did not live to apply
+        self.views = open_views(settings, self.use_case)
+        self.facts = {name: open_log(settings, fed.source) for name, fed in self.views.dimensions.items()}
+        self._catch_up()  # with what an earlier process logged and did not live to apply
+        self.predictor = Predictor(self.use_case, self.views)
+        # What writes events comes after it: the state of the champion's view is the one that must keep up.
+        self.follower = Follower(self.use_case, settings, self.database, self._warm)
         self.intake = EventIntake(self.use_case, self.log, self.clock, self._project, settings.log_rows)
-        self.predictor = Predictor(self.use_case, self.state.bind())
         self.holder = f"{socket.gethostname()}:{os.getpid()}"
         self.drain = Drain(
             self.use_case,
@@ -74,18 +78,27 @@ class Gateway:
             self.holder,
         )
         self.feeds = {
-            state.dimension.name: DimensionFeed(
-                state, settings=settings, clock=self.clock, tables=self.tables, database=self.database,
-                alerts=self.alerts, holder=self.holder,
+            name: DimensionFeed(
+                fed.source, self.facts[name], partial(self._project_dimension, name), settings=settings,
+                clock=self.clock, tables=self.tables, database=self.database, alerts=self.alerts, holder=self.holder,
             )
-            for state in self.state.dimensions
+            for name, fed in self.views.dimensions.items()
         }  # fmt: skip
         self.rollouts = Rollouts(usecase, settings, self.database, self.clock)
-        self.follower = Follower(self.use_case, settings, self.database, self._warm)
-        self.watch = Watch(self.use_case, self.state, self.alerts, self.clock) if self.use_case.fallback else None
+        self.watch = Watch(lambda: self.state, self.alerts, self.clock) if self.use_case.fallback else None
         from serving.api import build_api  # it imports the request models, which a worker without HTTP never needs
 
         self.api = build_api(self)
+
+    @property
+    def view(self) -> str:
+        """The fingerprint of the view that the champion answers from."""
+        return self.follower.serving.champion.artifact.view
+
+    @property
+    def state(self) -> OnlineState:
+        """The state that the champion answers from."""
+        return self.views.states[self.view]
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Answers ``POST …/predict`` and ``POST …/events``; hands every other route to FastAPI."""
@@ -135,27 +148,41 @@ class Gateway:
         counted = given is None or trial.first_seen(given)
         weight = trial.weight
         assigned = trial.assign(key, len(prepared.records), weight)
-        asked = Asked(key, counted, prepared, prediction, took)
+        copied = not assigned.any() and trial.copies(key)
+        tried = await self._rows_of(trial, prepared) if copied or assigned.any() else None
+        asked = Asked(key, counted, prepared, tried, prediction, took)
         if assigned.any():
             chosen = await trial.choose(asked, assigned, weight)
             version = trial.challenger.version
-            answered = self.predictor.compose(prepared, chosen.prediction, champion, chosen.taken, version)
+            answered = self.predictor.compose(prepared, chosen.prediction, champion, chosen.taken, version, tried)
             self.intake.predictions(answered.records(chosen.other))
             return answered
         if weight > 0:
             trial.count_champion(asked, weight)
         answered = self.predictor.compose(prepared, prediction, champion)
-        if trial.copies(key):
+        if copied:
             trial.copy(asked, partial(self._log_copied, answered))
         else:
             self.intake.predictions(answered.records())
         return answered
 
+    async def _rows_of(self, trial: Trial, prepared: Prepared) -> Prepared | None:
+        """The instances by the challenger's view; None when its state gives none: the champion has answered anyway."""
+        make = partial(self.predictor.challenger, prepared, trial.described)
+        try:
+            return make() if len(prepared.records) <= _INLINE_INSTANCES else await asyncio.to_thread(make)
+        except StateError:
+            return None
+
     def _log_copied(self, answered: Answered, other: Other) -> None:
         self.intake.predictions(answered.records(other))
 
-    def _warm(self, version: LoadedVersion) -> None:
-        self.predictor.warm(version, self.clock.now())
+    def _warm(self, version: LoadedVersion | DescribedVersion) -> None:
+        try:
+            self._catch_up()  # its state may have been built since events were last written
+            self.predictor.warm(version, self.clock.now())
+        except StateGap as error:
+            raise VersionRefused(f"version {version.version} has no state to answer from: {error}") from error
 
     async def ingest(self, scope: ASGIScope, receive: Receive) -> bytes:
         """Checks the key, reads the body, acknowledges each event, or row of a dimension."""
@@ -186,26 +213,33 @@ class Gateway:
     def status(self) -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""
         streams = (EVENTS, QUARANTINE, PREDICTIONS, OUTCOMES)
-        drains = (self.drain, *(feed.drain for feed in self.feeds.values()))
-        failures = (*(d.failure for d in drains), self.follower.failure, self.watch and self.watch.failure)
+        positions = {view: state.position() for view, state in self.views.states.items()}
         return {
             "usecase": self.use_case.name,
             "replica": self.holder,
             "clock": self.clock.now(),
             "epoch": self.follower.serving.table.epoch,
             "champion": self.follower.serving.champion.version,
-            "applied": self.state.applied(),
+            "applied": positions[self.view][1],
+            "views": {view: {"generation": made, "applied": upto} for view, (made, upto) in positions.items()},
             "log": {s: {"last": self.log.last(s), "pending": self.log.pending(s)} for s in streams},
             "dimensions": {
                 name: {"last": feed.log.last(EVENTS), "pending": feed.log.pending(EVENTS)}
                 for name, feed in self.feeds.items()
             },
-            "failures": [str(failure) for failure in failures if failure],
+            "refused": self.follower.refused(),
+            "failures": [*self.failures(), *map(str, self.views.gaps().values())],
         }
+
+    def failures(self) -> list[str]:
+        """What keeps this replica from answering as it should. A state that no champion needs yet is nothing of it."""
+        drains = (drain.failure for drain in self._drains)
+        found = (*drains, self.follower.failure, self.watch and self.watch.failure)
+        return [str(failure) for failure in found if failure]
 
     def check(self) -> None:
         """Raises when a background part of this replica has ended, so that Serve replaces it."""
-        for drain in (self.drain, *(feed.drain for feed in self.feeds.values())):
+        for drain in self._drains:
             if not drain.alive():
                 raise RuntimeError(f"a drain of {self.use_case.name!r} ended: {drain.failure!r}")
         if self.watch is not None and not self.watch.alive():
@@ -223,8 +257,21 @@ class Gateway:
         for feed in self.feeds.values():
             feed.close()
 
+    @property
+    def _drains(self) -> tuple[Drain, ...]:
+        return (self.drain, *(feed.drain for feed in self.feeds.values()))
+
+    def _catch_up(self) -> None:
+        """Brings every state up to its log, as far as that has what the state lacks."""
+        self.views.project(self.log)
+        for name, fed in self.views.dimensions.items():
+            fed.project(self.facts[name])
+
     def _project(self) -> int:
-        return self.state.project(self.log)
+        return self.views.project(self.log, needed=self.view)
+
+    def _project_dimension(self, name: str) -> int:
+        return self.views.dimensions[name].project(self.facts[name], needed=self.view)
 
     async def _json(self, receive: Receive) -> Any:
         body = await read_body(receive, self.settings.body_limit)

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.settings import Settings
-from pipelines.features.windows import view_fingerprint
+from pipelines.features.windows import pages
 from pipelines.spec import UseCase
-from pipelines.training.artifact import Artifact, ArtifactError, Prediction, Runner, verify, verify_apart
+from pipelines.training.artifact import Artifact, ArtifactError, Prediction, Runner, load, verify, verify_apart
+from pipelines.training.normals import NORMALS, Normals, NormalsError, read_normals
 from pipelines.training.registry import Registry, RegistryError, fetched
 from serving.fallback import Ladder, ladder_of
 
 _PAST_CALLS = 501
 _WARM_CALLS = 50
+T = TypeVar("T")
 
 
 class VersionRefused(RuntimeError):
@@ -40,6 +44,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class DescribedVersion:
+    """What it takes to make a version's rows, and nothing to answer them: its page and its fallback ladder."""
+
+    version: str
+    artifact: Artifact
+    ladder: Ladder | None
+
+
+@dataclass(frozen=True)
 class LoadedVersion:
     """A version that has answered trial rows in this process: its fallback ladder, None without one, and how long its
     last calls took (seconds).
@@ -49,6 +62,11 @@ class LoadedVersion:
     runner: Runner
     ladder: Ladder | None
     past: deque[float] = field(default_factory=lambda: deque(maxlen=_PAST_CALLS))
+
+    @property
+    def artifact(self) -> Artifact:
+        """The version's page."""
+        return self.runner.artifact
 
     def predict(self, rows: Rows) -> tuple[Prediction, float]:
         """``Runner.predict`` and the seconds it took."""
@@ -68,30 +86,62 @@ def load_version(use_case: UseCase, version: str, settings: Settings, *, apart: 
 
     It is tried in a process of its own first, unless this one may die of it (``apart`` False).
     """
+
+    def tried(directory: Path) -> Runner:
+        if apart:
+            verify_apart(directory)
+        verify(directory)
+        return Runner(directory)
+
+    runner = _fetch(use_case, version, settings, tried)
+    loaded = LoadedVersion(version, runner, _ladder(use_case, version, runner.artifact, runner.normals))
+    for _ in range(_WARM_CALLS):
+        loaded.predict(trial_rows(loaded.artifact, 1))
+    return loaded
+
+
+def describe_version(use_case: UseCase, version: str, settings: Settings) -> DescribedVersion:
+    """Downloads the version and reads what its rows are made by; raises ``VersionRefused`` as ``load_version`` does."""
+
+    def read(directory: Path) -> tuple[Artifact, Normals | None]:
+        artifact = load(directory)
+        return artifact, read_normals(directory) if NORMALS in artifact.digests else None
+
+    artifact, normals = _fetch(use_case, version, settings, read)
+    return DescribedVersion(version, artifact, _ladder(use_case, version, artifact, normals))
+
+
+def _fetch(use_case: UseCase, version: str, settings: Settings, read: Callable[[Path], T]) -> T:
+    """What ``read`` makes of the version's directory."""
     try:
         place = settings.cache_dir / "models"
         known = fetched(use_case.name, version, place)
-        directory = known or Registry(settings).download(use_case.name, version, place)
-        if apart:
-            verify_apart(directory)
-        artifact = verify(directory)
-    except (ArtifactError, RegistryError, SQLAlchemyError, OSError) as error:
+        return read(known or Registry(settings).download(use_case.name, version, place))
+    except (ArtifactError, NormalsError, RegistryError, SQLAlchemyError, OSError) as error:
         raise VersionRefused(f"version {version} of {use_case.name!r} does not load: {error}") from error
-    expected = view_fingerprint(use_case.view, use_case.contract)
-    if artifact.view != expected:
+
+
+def _ladder(use_case: UseCase, version: str, artifact: Artifact, normals: Normals | None) -> Ladder | None:
+    """The version's ladder; refuses one whose view the page does not have, or that has columns which its view has not.
+
+    Rows are made in gateways, so what cannot be made has to show before a request needs it.
+    """
+    known = pages(use_case)
+    if artifact.view not in known:
         raise VersionRefused(
             f"version {version} of {use_case.name!r} was trained on view {artifact.view}, and this code computes "
-            f"{expected}: deploy the code it was trained with first, or train a version with this code"
+            f"{' and '.join(known)}: keep that view on the page (UseCase.kept), deploy the code that the version was "
+            "trained with, or train a version with this code"
         )
-    runner = Runner(directory)
+    view = known[artifact.view].view
+    has = {artifact.entity, *view.stored, *view.inputs, *view.calendar_columns, *(made.name for made in view.derived)}
+    wanted = {*artifact.numeric, *artifact.categorical, *filter(None, (artifact.anchor, artifact.scale))}
+    if missing := sorted(wanted - has):
+        raise VersionRefused(f"version {version} of {use_case.name!r} needs {missing}, which its view does not compute")
     try:
-        ladder = ladder_of(use_case, artifact, runner.normals)
+        return ladder_of(known[artifact.view], artifact, normals)
     except ValueError as error:
         raise VersionRefused(str(error)) from error
-    loaded = LoadedVersion(version, runner, ladder)
-    for _ in range(_WARM_CALLS):
-        loaded.predict(trial_rows(artifact, 1))
-    return loaded
 
 
 def trial_rows(artifact: Artifact, count: int) -> Rows:

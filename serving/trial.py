@@ -21,7 +21,7 @@ from serving.answers import Other, Prepared
 from serving.challenger import Reply
 from serving.rollout.evidence import Report
 from serving.routing import Challenger, place
-from serving.runner import Rows
+from serving.runner import DescribedVersion, Rows
 
 COIN = 0.5
 """Share at which a copied request is counted as the challenger's; the other half counts as the champion's."""
@@ -130,11 +130,14 @@ class Asked:
     """A request of n instances that the champion has answered, in ``champion_s`` seconds inside its runner.
 
     ``key`` places it in the split. ``counted`` is False for a request that must not be evidence (a repetition).
+    ``tried`` are the instances as the challenger is to have them, by the view of its own; None where they were not
+    needed or could not be made, which is the challenger's failure.
     """
 
     key: str
     counted: bool
     prepared: Prepared
+    tried: Prepared | None
     champion: Prediction
     champion_s: float
 
@@ -172,11 +175,13 @@ class Trial:
         tally: Tally,
         allowed: tuple[float, float],
         champion: str,
+        described: DescribedVersion,
     ) -> None:
-        """``champion`` is the version it is compared with. A call that takes longer than ``slow_s`` is slow.
-        ``allowed`` are the lowest and the highest answer of the contract.
+        """``champion`` is the version it is compared with, ``described`` says how its own rows are made. A call that
+        takes longer than ``slow_s`` is slow. ``allowed`` are the lowest and the highest answer of the contract.
         """
         self.challenger = challenger
+        self.described = described
         self._ask = ask
         self._slow_s = slow_s
         self._tally = tally
@@ -207,14 +212,14 @@ class Trial:
         In a batch the champion's time is that of all instances and the challenger's that of its own, which can only be
         to its advantage.
         """
-        prepared, champion = asked.prepared, asked.champion
+        prepared, tried, champion = asked.prepared, asked.tried, asked.champion
         challenger, rows = self.challenger, np.flatnonzero(assigned)
-        got = await self._within_deadline(prepared.take(rows))
+        got = await self._within_deadline(None if tried is None else tried.take(rows))
         reply = got.reply
         taken = np.zeros(len(assigned), dtype=bool)
-        if reply is not None:
-            # What the ladder refuses is refused for every version.
-            taken[rows] = self._valid(reply.prediction) & prepared.usable[rows]
+        if reply is not None and tried is not None:
+            # What the champion's ladder refuses is refused for every version, and the challenger's own one for itself.
+            taken[rows] = self._valid(reply.prediction) & prepared.usable[rows] & tried.usable[rows]
         harmed = int((assigned & ~taken & prepared.usable).sum())
         self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
@@ -259,13 +264,13 @@ class Trial:
         task.add_done_callback(self._copies.discard)
 
     async def _copied(self, asked: Asked, done: Callable[[Other], None]) -> None:
-        challenger, prepared = self.challenger, asked.prepared
-        got = await self._within_deadline(prepared.all())
+        challenger, prepared, tried = self.challenger, asked.prepared, asked.tried
+        got = await self._within_deadline(None if tried is None else tried.all())
         reply = got.reply
         nothing = np.full(len(prepared.usable), np.nan)
         valid = np.zeros(len(nothing), dtype=bool)
-        if reply is not None:
-            valid = self._valid(reply.prediction) & prepared.usable
+        if reply is not None and tried is not None:
+            valid = self._valid(reply.prediction) & prepared.usable & tried.usable
         if asked.evident:
             self._count_copy(asked, got, bool(valid[0]))
         if reply is None:
@@ -309,12 +314,14 @@ class Trial:
             self._keys.popitem(last=False)
         return True
 
-    async def _within_deadline(self, rows: Rows) -> _Got:
-        """The challenger's reply, if there is one in time that has the form of one.
+    async def _within_deadline(self, rows: Rows | None) -> _Got:
+        """The challenger's reply to ``rows``, if there is one in time that has the form of one.
 
         A late one is harm, but no evidence of errors: the way to a process of its own and a busy machine would be held
         against a version that is as good as the champion, which has no such way.
         """
+        if rows is None:
+            return _Got(None)
         deadline_s = self.challenger.deadline_ms / 1e3
         try:
             found = await asyncio.wait_for(self._ask(rows), deadline_s)

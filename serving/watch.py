@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from sqlalchemy.exc import OperationalError
 
@@ -11,7 +12,6 @@ from cluster.clock import Clock
 from pipelines.features.online import OnlineState
 from pipelines.features.state import StateError
 from pipelines.monitoring.sensors import SilenceMonitor
-from pipelines.spec import UseCase
 
 _PERIOD_S = 1.0
 
@@ -19,9 +19,10 @@ _PERIOD_S = 1.0
 class Watch:
     """Checks once a second until ``close``; ``failure`` is why the last check came to nothing."""
 
-    def __init__(self, use_case: UseCase, state: OnlineState, alerts: Alerts, clock: Clock) -> None:
+    def __init__(self, state: Callable[[], OnlineState], alerts: Alerts, clock: Clock) -> None:
+        """``state`` gives the one to look into: that of the champion's view, which may change."""
         self.failure: str | None = None
-        self._monitor = SilenceMonitor(use_case, state, alerts)
+        self._state, self._alerts = state, alerts
         self._clock = clock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -37,9 +38,12 @@ class Watch:
         self._thread.join(timeout=10)
 
     def _loop(self) -> None:
+        watched: OnlineState | None = None
         while not self._stop.wait(_PERIOD_S):
+            if (state := self._state()) is not watched:
+                watched, monitor = state, SilenceMonitor(state.use_case, state, self._alerts)
             try:
-                self._monitor.check(self._clock.now())
+                monitor.check(self._clock.now())
                 self.failure = None
             except (StateError, OperationalError) as error:
                 self.failure = f"silent sensors are not looked for: {error}"  # the next check does the same again

@@ -97,9 +97,12 @@ class FeatureValue(BaseModel):
 
 
 class FeaturesResponse(BaseModel):
-    """All stored features of an entity, the log sequence and the state generation they were read at."""
+    """All stored features of an entity by the champion's view, the log sequence and the state generation they were
+    read at.
+    """
 
     entity: str
+    view: str
     sequence: int
     generation: int
     features: dict[str, FeatureValue]

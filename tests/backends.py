@@ -11,6 +11,7 @@ from typing import Any
 from cluster.log import DurableLog, Log
 from cluster.redis_log import RedisLog
 from pipelines.features.online import OnlineState
+from pipelines.features.views import Views
 from pipelines.spec import UseCase
 
 HOUR = 3_600_000_000
@@ -28,3 +29,7 @@ def open_log(place: str, name: str = "log", *, remember_us: int = HOUR, **limits
 
 def open_state(place: str, use_case: UseCase) -> OnlineState:
     return OnlineState(place if on_redis(place) else Path(place) / "state", use_case)
+
+
+def open_views(place: str, use_case: UseCase) -> Views:
+    return Views(place if on_redis(place) else Path(place) / "state", use_case)

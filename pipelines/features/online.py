@@ -18,7 +18,7 @@ from cluster.settings import Settings
 from pipelines.features.dimensions import DimensionState, ttl_of
 from pipelines.features.found import Found, mark
 from pipelines.features.neighbours import NeighbourState
-from pipelines.features.projection import NO_TABLE, Projection, unpack
+from pipelines.features.projection import NO_TABLE, Projection, StateGap, unpack
 from pipelines.features.served import Status
 from pipelines.features.state import apply_events, read_into, vectors, words
 from pipelines.features.stores import Rebuild, Transaction, open_store
@@ -26,7 +26,7 @@ from pipelines.features.windows import EventColumns, Plan, canonical, compile_pl
 from pipelines.spec import EventSource, UseCase
 from pipelines.spec.base import microseconds
 
-__all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "Status", "open_log", "open_state"]
+__all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "StateGap", "Status", "open_log", "open_state"]
 
 _WORDS_AT_ONCE = 4 << 20  # of states that are changed by one call of a kernel
 
@@ -121,6 +121,11 @@ class OnlineState(Projection[EventColumns]):
     def project(self, log: Log, stream: str = "events") -> int:
         """See ``Projection``; the sequence through which all its states have applied the log."""
         return min([super().project(log, stream), *(near.project(log, stream) for near in self.neighbours)])
+
+    def gap(self, log: Log, stream: str = "events") -> StateGap | None:
+        """See ``Projection``; the first gap of any of its states."""
+        found = (super().gap(log, stream), *(near.gap(log, stream) for near in self.neighbours))
+        return next((gap for gap in found if gap is not None), None)
 
     def entities(self) -> int:
         """How many entities have state."""

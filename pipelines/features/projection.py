@@ -32,6 +32,10 @@ _FORMAT = 1
 _VERSION = struct.Struct("<q")
 
 
+class StateGap(StateError):
+    """Records that a state has not applied have left the log; the message says what rebuilds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """What a state has applied: the log through ``applied``, on top of the rows that ``generation`` was made from."""
@@ -63,7 +67,7 @@ class Projection(ABC, Generic[Prepared]):
     def project(self, log: Log, stream: str = "events") -> int:
         """Applies every log record not yet applied and returns the last applied sequence.
 
-        Any process may call it at any time. Raises ``StateError`` when records that are missing here have left the
+        Any process may call it at any time. Raises ``StateGap`` when records that are missing here have left the
         log: then ``materialize`` rebuilds the state.
         """
 
@@ -80,6 +84,10 @@ class Projection(ABC, Generic[Prepared]):
         while (applied := self.store.change(advance)) < last:
             pass
         return applied
+
+    def gap(self, log: Log, stream: str = "events") -> StateGap | None:
+        """What ``project`` would raise, without waiting for a writer; None when the log has what the state lacks."""
+        return self._gap(self._present(), log, stream)
 
     def materialize(
         self,
@@ -149,13 +157,8 @@ class Projection(ABC, Generic[Prepared]):
 
     def _advance(self, txn: Transaction | Rebuild, head: Head, log: Log, stream: str) -> Head:
         """Applies the next records of the log, if there are any."""
-        first, last = log.first(stream), log.last(stream)
-        if first > head.applied + 1 or last < head.applied:
-            raise StateError(
-                f"the state of {self._page!r} has log sequence {head.applied}, but the log {log.where} holds "
-                f"{first} to {last}; rebuild the state from the newest events table with "
-                f"`python -m pipelines.backfill {self._page} --materialize`"
-            )
+        if (gap := self._gap(head, log, stream)) is not None:
+            raise gap
         records = log.read(stream, head.applied, self.store.records_at_once)
         if not records:
             return head
@@ -168,6 +171,16 @@ class Projection(ABC, Generic[Prepared]):
             buckets=1,
         )
         return Head(records[-1].sequence, head.generation, head.unplaced + self.apply(txn, self.prepare(rows)))
+
+    def _gap(self, head: Head, log: Log, stream: str) -> StateGap | None:
+        first, last = log.first(stream), log.last(stream)
+        if first <= head.applied + 1 and last >= head.applied:
+            return None
+        return StateGap(
+            f"the state of {self._page!r} has log sequence {head.applied}, but the log {log.where} holds "
+            f"{first} to {last}; rebuild the state from the newest events table with "
+            f"`python -m pipelines.backfill {self._page} --materialize`"
+        )
 
 
 def _ahead(items: Iterable[T]) -> Iterator[T]:

@@ -6,7 +6,7 @@ log sequence. From those rows alone its features are made again by the offline s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import INSTANT, SEQUENCE
 from pipelines.features import derived
 from pipelines.features.offline import fill_dimension, fill_neighbours
+from pipelines.features.online import OnlineState
 from pipelines.features.projection import NO_TABLE, Projection
 from pipelines.features.served import Status, inputs_of
 from pipelines.features.sweep import Reads, places, sweep
-from pipelines.features.windows import Plan, compile_plan, event_columns, instants
-from pipelines.spec import Contract, EventSource, UseCase
+from pipelines.features.windows import Plan, compile_plan, event_columns, instants, pages
+from pipelines.spec import Contract, Dimension, EventSource, UseCase
 from pipelines.spec.base import microseconds
 
 _EXAMPLES = 20
@@ -57,8 +58,9 @@ class SkewReport:
 
     ``imputed`` counts stored values in whose place a fallback put something: the log is the only record of what that
     was, so they are taken from it, and the columns made of them are recomputed like all others.
-    ``pending`` predictions read events that are not drained to the table yet, ``foreign`` ones were made by
-    another view or model definition than the present page; neither is checked.
+    ``pending`` predictions read events that are not drained to the table yet, ``foreign`` ones were answered from a
+    view that is not on the page; neither is checked. Of ``stored_only`` of the checked ones the stored features were
+    compared and nothing else, because the numeric columns of their model version are not known here.
     """
 
     checked: int
@@ -68,6 +70,11 @@ class SkewReport:
     by_feature: dict[str, FeatureSkew] = field(default_factory=dict)
     examples: tuple[Difference, ...] = ()
     imputed: int = 0
+    stored_only: int = 0
+
+
+def columns_of_the_page(version: str) -> None:
+    """Knows no version: numeric columns are then compared where they are the page's."""
 
 
 def audit(
@@ -75,58 +82,100 @@ def audit(
     predictions: pa.Table,
     *,
     tables: Tables,
-    states: Sequence[Projection[Any]],
+    states: Mapping[str, OnlineState],
+    columns: Callable[[str], Sequence[str] | None] = columns_of_the_page,
 ) -> SkewReport:
     """Recomputes stored and numeric columns of ``predictions`` (``SERVED_SCHEMA``) from the events table.
 
-    ``states`` are those that were read: ``OnlineState.states``. NaN equals NaN; anything else must have the same
-    bits. The log's JSON has no infinities, so one counts as NaN.
+    Each is recomputed under the view that it was answered from. ``states`` are those that were read, by view
+    (``Views.states``), ``columns`` the numeric columns of a model version, None for one that is not known: the
+    present view's have the page's then, if they are as many. NaN equals NaN; anything else must have the same bits. The
+    log's JSON has no infinities, so one counts as NaN.
     """
-    plan = compile_plan(use_case.view, use_case.contract)
-    width = len(use_case.model.numeric)
-    mine = pc.and_(
-        pc.equal(predictions.column("view"), plan.fingerprint),
-        pc.equal(pc.list_value_length(predictions.column("numeric")), width),
-    )
-    ours = predictions.filter(mine)
-    own = _Snapshots.of(use_case, tables)
-    facts = [_Snapshots.of(use_case.source(dimension), tables) for dimension in use_case.view.dimensions]
-    drained = [own.drained] * (1 + len(use_case.view.neighbours)) + [snapshots.drained for snapshots in facts]
-    others = _matrix(ours, "others", 2 * len(states[1:]))
-    sequences = np.column_stack([ours.column("sequence").to_numpy(), others[:, 1::2]])
-    ready = ours.filter(pa.array((sequences <= drained).all(axis=1)))
-    found: dict[str, list[np.ndarray]] = {}
-    examples: list[Difference] = []
-    mismatched = imputed = 0
-    for part in _of_one_snapshot(ready):
-        logged = _matrix(part, "stored", len(plan.features))
-        put_in = _matrix(part, "status", len(plan.features)) == Status.IMPUTED
-        imputed += int(put_in.sum())
-        stored = np.where(put_in, logged, _recompute(plan, own, facts, states, part, inputs_of(use_case, part)))
-        numeric = _numeric(use_case, stored, part)
-        names = (*plan.features, *use_case.model.numeric)
-        served = np.column_stack([logged, _matrix(part, "numeric", width)])
-        served = np.where(np.isfinite(served), served, np.nan)
-        again = np.column_stack([stored, numeric])
-        again = np.where(np.isfinite(again), again, np.nan)
-        differs = different_bits(served, again)
-        mismatched += int(differs.any(axis=1).sum())
-        ids = part.column("prediction_id").to_pylist()
-        for row, column in np.argwhere(differs).tolist():
-            found.setdefault(names[column], []).append(np.array([served[row, column], again[row, column]]))
-            if len(examples) < _EXAMPLES:
-                examples.append(
-                    Difference(ids[row], names[column], float(served[row, column]), float(again[row, column]))
-                )
+    own, facts = _Snapshots.of(use_case, tables), _Facts(use_case, tables)
+    found = _Found()
+    ours = 0
+    for view, page in pages(use_case).items():
+        mine = predictions.filter(pc.equal(predictions.column("view"), view))
+        if not mine.num_rows:
+            continue
+        ours += mine.num_rows
+        plan, read = compile_plan(page.view, page.contract), states[view].states
+        told = [facts.of(dimension) for dimension in page.view.dimensions]
+        drained = [own.drained] * (1 + len(page.view.neighbours)) + [snapshots.drained for snapshots in told]
+        others = _matrix(mine, "others", 2 * len(page.view.beside))
+        sequences = np.column_stack([mine.column("sequence").to_numpy(), others[:, 1::2]])
+        for part in _of_one_snapshot(mine.filter(pa.array((sequences <= drained).all(axis=1)))):
+            known = _models(part, columns, use_case.model.numeric if page is use_case else None)
+            found.add(page, part, _recompute(plan, own, told, read, part, inputs_of(page, part)), known)
     return SkewReport(
-        checked=ready.num_rows,
-        mismatched=mismatched,
-        pending=ours.num_rows - ready.num_rows,
-        foreign=predictions.num_rows - ours.num_rows,
-        by_feature={name: _skew_of(np.array(pairs)) for name, pairs in found.items()},
-        examples=tuple(examples),
-        imputed=imputed,
+        checked=found.checked,
+        mismatched=found.mismatched,
+        pending=ours - found.checked,
+        foreign=predictions.num_rows - ours,
+        by_feature={name: _skew_of(np.array(pairs)) for name, pairs in found.pairs.items()},
+        examples=tuple(found.examples),
+        imputed=found.imputed,
+        stored_only=found.stored_only,
     )
+
+
+@dataclass
+class _Found:
+    """What is gathered for a report."""
+
+    checked: int = 0
+    mismatched: int = 0
+    imputed: int = 0
+    stored_only: int = 0
+    pairs: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    examples: list[Difference] = field(default_factory=list)
+
+    def add(
+        self, page: UseCase, part: pa.Table, again: np.ndarray, models: Iterable[tuple[Sequence[str], np.ndarray]]
+    ) -> None:
+        """Compares answers of one view: ``again`` are their stored features, ``models`` as ``_models`` gives them."""
+        names = page.view.stored
+        logged = _matrix(part, "stored", len(names))
+        put_in = _matrix(part, "status", len(names)) == Status.IMPUTED
+        stored = np.where(put_in, logged, again)
+        wrong = self._compare(part, names, logged, stored)
+        told = np.zeros(part.num_rows, np.bool_)
+        for numeric, rows in models:
+            group = part.take(pa.array(rows))
+            made = _numeric(page, numeric, stored[rows], group)
+            wrong[rows[self._compare(group, numeric, _matrix(group, "numeric", len(numeric)), made)]] = True
+            told[rows] = True
+        self.checked += part.num_rows
+        self.mismatched += int(wrong.sum())
+        self.imputed += int(put_in.sum())
+        self.stored_only += int((~told).sum())
+
+    def _compare(self, part: pa.Table, names: Sequence[str], served: np.ndarray, again: np.ndarray) -> np.ndarray:
+        """bool[n]: in which rows of ``part`` a column of ``names`` is not what it was made again."""
+        served, again = (np.where(np.isfinite(values), values, np.nan) for values in (served, again))
+        differs = different_bits(served, again)
+        ids = part.column("prediction_id")
+        for row, column in np.argwhere(differs).tolist():
+            pair = np.array([served[row, column], again[row, column]])
+            self.pairs.setdefault(names[column], []).append(pair)
+            if len(self.examples) < _EXAMPLES:
+                self.examples.append(Difference(ids[row].as_py(), names[column], float(pair[0]), float(pair[1])))
+        wrong: np.ndarray = np.any(differs, axis=1)
+        return wrong
+
+
+def _models(
+    part: pa.Table, columns: Callable[[str], Sequence[str] | None], otherwise: Sequence[str] | None
+) -> Iterator[tuple[Sequence[str], np.ndarray]]:
+    """The numeric columns of every model version in ``part`` of which they are known, and its rows."""
+    versions = np.array(part.column("model_version").to_pylist(), dtype=object)
+    widths = pc.list_value_length(part.column("numeric")).to_numpy()
+    for version in dict.fromkeys(versions.tolist()):
+        names = columns(version) or otherwise
+        if names is not None:
+            rows = np.flatnonzero((versions == version) & (widths == len(names)))
+            yield names, rows
 
 
 def _skew_of(pairs: np.ndarray) -> FeatureSkew:
@@ -174,6 +223,19 @@ class _Snapshots:
         later = newest.filter(pc.greater(newest.column(SEQUENCE), before))
         ranks = np.concatenate([np.zeros(rows.num_rows, np.int64), later.column(SEQUENCE).to_numpy()])
         return pa.concat_tables([rows, later]), ranks
+
+
+class _Facts:
+    """The snapshots of dimensions, one of each although several views may have it."""
+
+    def __init__(self, use_case: UseCase, tables: Tables) -> None:
+        self._use_case, self._tables = use_case, tables
+        self._seen: dict[str, _Snapshots] = {}
+
+    def of(self, dimension: Dimension) -> _Snapshots:
+        if dimension.name not in self._seen:
+            self._seen[dimension.name] = _Snapshots.of(self._use_case.source(dimension), self._tables)
+        return self._seen[dimension.name]
 
 
 def _of_one_snapshot(predictions: pa.Table) -> Iterator[pa.Table]:
@@ -226,11 +288,11 @@ def _recompute(
     return swept.values
 
 
-def _numeric(use_case: UseCase, stored: np.ndarray, part: pa.Table) -> np.ndarray:
-    """The model's numeric columns of every row, float64[n, columns]."""
+def _numeric(use_case: UseCase, names: Sequence[str], stored: np.ndarray, part: pa.Table) -> np.ndarray:
+    """The numeric columns ``names`` of every row, float64[n, columns]."""
     moments = instants(part, "_time")
     columns = derived.columns(use_case.view, stored, inputs_of(use_case, part), moments)
-    return np.column_stack([columns[name] for name in use_case.model.numeric])
+    return np.stack([columns[name] for name in names], axis=1)
 
 
 def _matrix(part: pa.Table, name: str, width: int) -> np.ndarray:

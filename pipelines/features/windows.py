@@ -18,7 +18,7 @@ import xxhash
 from pipelines.contracts.events import EVENT_ID, INSTANT, KNOWN_AT, SEQUENCE, event_order
 from pipelines.features import derived
 from pipelines.features.kernels import decay, distinct, families, hashes, latest, layout, moments, trend
-from pipelines.spec import Contract, FeatureView, Fold, Window
+from pipelines.spec import Contract, FeatureView, Fold, UseCase, Window
 from pipelines.spec.base import fingerprint, microseconds
 
 # How far behind the newest event a read may be: between taking the time and reading, other processes apply
@@ -209,6 +209,23 @@ def view_fingerprint(view: FeatureView, contract: Contract) -> str:
         *(near.model_dump_json() for near in view.neighbours),
         *((d.name, d.key, d.columns, d.contract.entity, d.contract.time, d.contract.key) for d in view.dimensions),
     )
+
+
+def pages(use_case: UseCase) -> dict[str, UseCase]:
+    """The use case under each of its views by fingerprint, the present one first.
+
+    Raises ``ValueError`` when two of them compute the same: they would share one state.
+    """
+    found = {view_fingerprint(use_case.view, use_case.contract): use_case}
+    for view in use_case.kept:
+        mark = view_fingerprint(view, use_case.contract)
+        if mark in found:
+            raise ValueError(
+                f"use case {use_case.name!r}: the kept view {view.name!r} computes the same as "
+                f"{found[mark].view.name!r} ({mark}): leave it out"
+            )
+        found[mark] = use_case.under(view)
+    return found
 
 
 def instants(table: pa.Table, name: str) -> np.ndarray:

@@ -24,10 +24,10 @@ from pipelines.backfill import materialize
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import EVENT_ID, SEQUENCE
 from pipelines.features import derived
-from pipelines.features.online import open_state
 from pipelines.features.served import inputs_of, outcomes_table, predictions_table
 from pipelines.features.skew import SkewReport, audit
 from pipelines.features.training_table import backfill
+from pipelines.features.views import open_views
 from pipelines.ingest import LoadReport, ingest
 from pipelines.retrain import RetrainReport, retrain
 from pipelines.samples.faults import FaultyFile, event_time, write_faulty_files
@@ -300,9 +300,9 @@ class Demo:
         self._open.close()
 
     def _audit(self, logged: pa.Table) -> SkewReport:
-        state = open_state(self.settings, self.use_case)
-        report = audit(self.use_case, logged, tables=self.tables, states=state.states)
-        state.close()
+        views = open_views(self.settings, self.use_case)
+        report = audit(self.use_case, logged, tables=self.tables, states=views.states)
+        views.close()
         expect(report.mismatched == 0, f"{report.mismatched} of {report.checked} vectors differ: {report.by_feature}")
         return report
 

@@ -101,7 +101,7 @@ class RolloutActor:
         while True:
             try:
                 if self._made is None:
-                    world = ServeWorld(parts.use_case, parts.database, parts.alerts)
+                    world = ServeWorld(parts.use_case, parts.settings, parts.database, parts.alerts)
                     self._made = Controller(parts.use_case, Journal(parts.database, self._usecase), world, parts.clock)
                 self._made.turn()
                 if not told:  # by this process: an earlier one may have opened the alert
@@ -165,8 +165,10 @@ class RolloutActor:
             try:
                 registry = registry or Registry(parts.settings)
                 if state.phase is Phase.STARTING and state.challenger is not None:
-                    # MLflow is imported here already; a replica on this node is spared that.
-                    registry.download(self._usecase, state.challenger, parts.settings.cache_dir / "models")
+                    # MLflow is imported here already; a replica on this node is spared that, and so is the question
+                    # which views the two answer from.
+                    for version in filter(None, (state.challenger, state.champion)):
+                        registry.download(self._usecase, version, parts.settings.cache_dir / "models")
                 registry.show_aliases(self._usecase, wanted)
                 parts.alerts.resolve(REGISTRY_ALERT, self._usecase, "the registry takes aliases again")
                 shown = wanted

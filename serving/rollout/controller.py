@@ -25,7 +25,7 @@ from serving.rollout.evidence import Report
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import Action, Verdict, judge
 from serving.rollout.machine import Effect, Kind, NotAllowed, Phase, State, required
-from serving.rollout.projections import alerts, document, finite
+from serving.rollout.projections import WAITING, alerts, document, finite
 from serving.rollout.world import Standing, World
 
 START_TIMEOUT_S = 180.0
@@ -44,7 +44,7 @@ class _Seen:
 
     ``looked`` is when something was last asked of it, ``absent`` since when the challenger's application is gone,
     ``told`` when the table without the challenger was first seen in force, and ``unrouted_s`` how long after the
-    decision nobody asked it any more.
+    decision nobody asked it any more. ``waiting`` is what a challenger that runs was last said to wait for.
     """
 
     entered: float
@@ -52,6 +52,7 @@ class _Seen:
     absent: float | None = None
     told: float | None = None
     unrouted_s: float | None = None
+    waiting: str | None = None
 
 
 class Controller:
@@ -209,6 +210,7 @@ class Controller:
                         self._world.close(state.refused, "refused", state.refused_request)
                 case Effect.TELL:
                     self._world.tell(alerts(state))
+                    self._seen.waiting = None
         self._made_true = state
 
     def _route(self) -> None:
@@ -292,11 +294,18 @@ class Controller:
     def _observe_start(self, state: State) -> None:
         standing, why = self._world.standing(state.challenger or "")
         if standing is Standing.RUNNING:
-            self._record(Kind.READY, {})
-        elif standing is Standing.FAILED:
+            lacking = self._world.lacking(state.champion or "", state.challenger or "")
+            if lacking is None:
+                self._record(Kind.READY, {})
+                return
+            why = lacking
+            if why != self._seen.waiting:
+                self._world.tell({**alerts(state), WAITING: f"version {state.challenger} waits: {why}"})
+                self._seen.waiting = why
+        if standing is Standing.FAILED:
             self._record(Kind.FAILED, {"reason": why})
         elif self._since_entered() > START_TIMEOUT_S:
-            self._record(Kind.FAILED, {"reason": f"it did not start within {START_TIMEOUT_S:g} s: {why}"})
+            self._record(Kind.FAILED, {"reason": f"it was not ready within {START_TIMEOUT_S:g} s: {why}"})
 
     def _observe_trial(self, state: State) -> None:
         if not self._due(_LOOK_EVERY_S):

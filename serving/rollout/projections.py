@@ -72,7 +72,9 @@ def alerts(state: State) -> dict[str, str]:
     return {}
 
 
-ALERTS = ("rollout_paused", "rollout_rolled_back", "rollout_inconclusive")
+WAITING = "rollout_waiting"
+"""The alert of a challenger that runs and waits for the state of its view; no state of the rollout has it."""
+ALERTS = ("rollout_paused", "rollout_rolled_back", "rollout_inconclusive", WAITING)
 
 
 def document(situation: Situation) -> dict[str, Any] | None:

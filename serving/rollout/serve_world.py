@@ -11,7 +11,12 @@ from ray.serve.schema import ApplicationStatus
 from cluster.alerts import Alerts
 from cluster.clock import SystemClock
 from cluster.database import Database, ReleaseRequest
+from cluster.settings import Settings
+from pipelines.features.state import StateError
+from pipelines.features.views import Views, open_views
 from pipelines.spec import UseCase
+from pipelines.training.artifact import ArtifactError, load
+from pipelines.training.registry import fetched
 from serving import routing
 from serving.challenger import Applications
 from serving.rollout.projections import ALERTS
@@ -29,8 +34,11 @@ _STANDING = {
 class ServeWorld:
     """``World`` as it is."""
 
-    def __init__(self, use_case: UseCase, database: Database, alerts: Alerts) -> None:
+    def __init__(self, use_case: UseCase, settings: Settings, database: Database, alerts: Alerts) -> None:
+        self._use_case, self._settings = use_case, settings
         self._usecase = use_case.name
+        self._views: Views | None = None
+        self._view_of: dict[str, str] = {}
         self._database = database
         self._alerts = alerts
         self._applications = Applications(use_case.name)
@@ -58,6 +66,29 @@ class ServeWorld:
         if status is None:
             return Standing.ABSENT, message
         return _STANDING.get(status, Standing.STARTING), message
+
+    def lacking(self, champion: str, version: str) -> str | None:
+        """Why the state that ``version`` answers from is not as far as the champion's; None when it is."""
+        if not self._use_case.kept:
+            return None  # both answer from the page's only view
+        try:
+            self._views = self._views or open_views(self._settings, self._use_case)
+            ahead, view = self._view(champion, self._views), self._view(version, self._views)
+            return None if view == ahead else self._views.behind(view, ahead)
+        except (ArtifactError, StateError, LookupError) as error:
+            return str(error.args[0])
+
+    def _view(self, version: str, views: Views) -> str:
+        """The view that the version was trained on; ``LookupError`` while that cannot be told or is not on the page."""
+        if version not in self._view_of:
+            directory = fetched(self._usecase, version, self._settings.cache_dir / "models")
+            if directory is None:
+                raise LookupError(f"version {version} has not come from the registry to this node yet")
+            view = load(directory).view
+            if view not in views.states:
+                raise LookupError(f"version {version} was trained on view {view}, which the controller's page has not")
+            self._view_of[version] = view
+        return self._view_of[version]
 
     def close(self, version: str, outcome: str, request: int | None) -> None:
         """Writes the outcome into that release request; a champion that was taken over has none."""

@@ -41,6 +41,10 @@ class World(Protocol):
         """Where it stands, and why."""
         ...
 
+    def lacking(self, champion: str, version: str) -> str | None:
+        """Why the state that ``version`` answers from is not as far as the champion's; None when it is."""
+        ...
+
     def close(self, version: str, outcome: str, request: int | None) -> None:
         """Writes the outcome into that release request of the version."""
         ...

@@ -47,6 +47,7 @@ class FakeWorld:
     odd: set[str] = field(default_factory=set)  # versions asked for with a policy that is none
     closed: dict[str, str] = field(default_factory=dict)
     alerts: dict[str, str] = field(default_factory=dict)
+    without_state: dict[str, str] = field(default_factory=dict)  # versions whose view's state lacks something, and why
     followed: dict[str, int] = field(default_factory=dict)
     history: list[tuple[str, float]] = field(default_factory=list)
 
@@ -96,6 +97,9 @@ class FakeWorld:
         if version not in self.applications:
             return Standing.ABSENT, ""
         return (Standing.FAILED, "it is broken") if version in self.broken else (Standing.RUNNING, "")
+
+    def lacking(self, champion: str, version: str) -> str | None:
+        return self.without_state.get(version)
 
     def close(self, version: str, outcome: str, request: int | None) -> None:
         for _ in self._changes():

@@ -17,7 +17,7 @@ from pipelines import usecases
 from serving import following, routing
 from serving.following import Follower
 from serving.routing import Challenger, RoutingTable
-from serving.runner import LoadedVersion, VersionRefused
+from serving.runner import DescribedVersion, LoadedVersion, VersionRefused
 
 USE_CASE = usecases.load("aqua")
 FIRST = {"champion": "1", "previous": None, "prepare": None, "challenger": None}
@@ -77,7 +77,15 @@ class Surroundings:
         found.past.append(0.001)
         return found
 
-    def warm(self, loaded: LoadedVersion) -> None:
+    def describe(self, use_case: Any, version: str, settings: Any) -> DescribedVersion:
+        if self.broken:
+            raise VersionRefused("the state of its view is not built")
+        nothing: Any = None
+        return DescribedVersion(version, nothing, None)
+
+    def warm(self, loaded: LoadedVersion | DescribedVersion) -> None:
+        if isinstance(loaded, DescribedVersion):
+            return
         assert loaded.version == "1" or self.warmed.wait(WAIT_S)
 
     def after(self, count: int) -> list[Call]:
@@ -112,6 +120,7 @@ def around(tmp_path, monkeypatch) -> Surroundings:
             pass
 
     monkeypatch.setattr(following, "load_version", made.load)
+    monkeypatch.setattr(following, "describe_version", made.describe)
     monkeypatch.setattr(following, "handle", lambda _: made)
     monkeypatch.setattr(following, "start", lambda _: made)
     monkeypatch.setattr(following, "Asker", Asker)
@@ -210,6 +219,18 @@ def test_a_challenger_is_tried_when_it_can_be_asked_and_no_longer_than_its_table
     around.tables.put(table(8))
     until(lambda: follower.serving.table.epoch == 8)
     assert follower.serving.trial is None
+
+
+def test_a_challenger_whose_rows_cannot_be_made_is_not_tried_until_they_can_and_the_gateway_says_why(around, follower):
+    around.broken = True
+    around.answering.set()
+    around.tables.put(table(6, challenger=CHALLENGER))
+    until(lambda: follower.refused() == {"2": "the state of its view is not built"})
+    assert (follower.serving.trial, follower.failure) == (None, None)
+    around.broken = False
+    until(lambda: follower.serving.trial is not None)
+    assert follower.serving.trial.described.version == "2"
+    assert follower.refused() == {}
 
 
 def test_without_the_controller_newer_tables_come_from_the_database(around, follower):

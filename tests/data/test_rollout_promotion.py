@@ -15,7 +15,7 @@ from cluster.database import Database
 from serving.rollout.controller import APPLY_TIMEOUT_S, PROMOTE_TIMEOUT_S, START_TIMEOUT_S, Controller
 from serving.rollout.journal import Journal
 from serving.rollout.machine import Kind, Phase
-from serving.rollout.projections import describe
+from serving.rollout.projections import WAITING, describe
 from tests.data.rollout_play import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Loading, Play
 
 ONE, TWO = "here:1:aa", "there:2:bb"
@@ -173,8 +173,30 @@ def test_a_challenger_that_is_not_running_in_time_ends_its_rollout(tmp_path):
     time[0] += 1
     play.controller.turn()
     (failed,) = (e.payload for e in play.journal.read() if e.kind == Kind.FAILED)
-    assert failed == {"reason": "it did not start within 180 s: it is being loaded"}
+    assert failed == {"reason": "it was not ready within 180 s: it is being loaded"}
     assert play.controller.state.outcome == "rolled_back"
+
+
+def test_a_challenger_is_not_ready_before_the_state_of_its_view_is_and_an_alert_says_why(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    database.create()
+    world, time = FakeWorld(open=["1"], without_state={"2": "run its backfill", "3": "run its backfill"}), [0.0]
+    play = Play(world, Journal(database, "aqua"))
+    play.controller = Controller(USE_CASE, play.journal, world, play.clock, real=lambda: time[0], draw=lambda: "s")
+    for version in "23":
+        play.settle()
+        world.open = [version]
+        time[0] += 1000.0
+        play.settle()
+        assert play.controller.state.phase is Phase.STARTING
+        assert world.alerts == {WAITING: f"version {version} waits: run its backfill"}
+        if version == "2":
+            time[0] += START_TIMEOUT_S + 1
+    (failed,) = (e.payload for e in play.journal.read() if e.kind == Kind.FAILED)
+    assert failed == {"reason": "it was not ready within 180 s: run its backfill"}
+    del world.without_state["3"]
+    play.settle()
+    assert (play.controller.state.phase, world.alerts) == (Phase.SHADOW, {})
 
 
 def test_a_policy_that_this_code_does_not_know_ends_the_rollout_and_can_still_be_described(tmp_path):

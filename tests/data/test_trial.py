@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def prepared(count: int) -> Prepared:
     columns = {"x": np.arange(float(count))}
     usable = np.ones(count, dtype=bool)
     filled = Filled(none, none, np.zeros(count, np.uint8), {})
-    return Prepared([{}] * count, ["e"] * count, none, filled, columns, {"s": ["e"] * count}, none, usable, 0)
+    return Prepared(
+        [{}] * count, ["e"] * count, none, filled, columns, {"s": ["e"] * count}, none, usable, 0, none, "v"
+    )
 
 
 def champion(count: int) -> Prediction:
@@ -110,12 +113,13 @@ async def slow(rows):
 
 def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
     tally = Tally("g", real=lambda: 0.0)
-    return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1"), tally
+    nothing: Any = None
+    return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1", nothing), tally
 
 
 def asked(count: int, **changes: Any) -> Asked:
     given = {"key": "k", "counted": True, "champion": champion(count), "champion_s": 0.0001, **changes}
-    return Asked(prepared=prepared(count), **given)
+    return Asked(**{"prepared": prepared(count), "tried": prepared(count), **given})
 
 
 # A key whose first instance is the challenger's at half of the traffic.
@@ -161,6 +165,27 @@ def test_a_batch_is_split_by_instance_and_put_together_in_order():
     report = tally.report()
     assert report is not None
     assert (report.served, report.harmed, report.errors, report.slow) == (assigned.sum(), 0, {}, {})
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_where_its_own_view_gives_no_rows_the_champion_answers_and_the_challenger_has_failed(made):
+    one, tally = trial(good)
+    refused = replace(prepared(20), usable=np.zeros(20, dtype=bool)) if made else None
+    assigned = one.assign(KEY, 20, one.weight)
+    chosen = asyncio.run(one.choose(asked(20, tried=refused), assigned, one.weight))
+    assert not chosen.taken.any()
+    report = tally.report()
+    assert report is not None
+    assert (report.harmed, report.served, report.errors) == (assigned.sum(), 0, {0.5: (1, 0)})
+    said: list[Other] = []
+
+    async def copied() -> None:
+        one.copy(asked(20, tried=refused), said.append)
+        while not said:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(copied())
+    assert np.isnan(said[0].value).all()
 
 
 def test_only_the_bad_rows_of_a_reply_are_replaced():

@@ -29,6 +29,7 @@ from pipelines.contracts.events import BUCKET, contract_schema, decode_events, e
 from pipelines.features import derived, dimensions
 from pipelines.features.dimensions import look_up
 from pipelines.features.offline import examples_schema
+from pipelines.features.online import open_log as log_from_settings
 from pipelines.features.online import open_state as open_from_settings
 from pipelines.features.served import SERVED_SCHEMA, Status
 from pipelines.features.skew import audit
@@ -179,9 +180,10 @@ def test_rows_come_in_by_the_feed_reach_state_and_table_and_are_audited(tables: 
     load_facts(tables, [fact(1, BASE, 10, "m0"), fact(2, BASE, 4, "garden")], "load/1")
     materialize(CASE, tables=tables, database=database, settings=settings_, clock=clock)
     state = open_from_settings(settings_, CASE)
+    log = log_from_settings(settings_, SOURCE)
     feed = DimensionFeed(
-        state.dimensions[0], settings=settings_, clock=clock, tables=tables, database=database,
-        alerts=Alerts(database, clock), holder="test",
+        SOURCE, log, lambda: state.dimensions[0].project(log), settings=settings_, clock=clock, tables=tables,
+        database=database, alerts=Alerts(database, clock), holder="test",
     )  # fmt: skip
     served = []
 
@@ -221,7 +223,9 @@ def test_rows_come_in_by_the_feed_reach_state_and_table_and_are_audited(tables: 
     assert quarantine.column("rules").to_pylist() == [["people.minimum"]]
 
     def report() -> tuple[int, int, list[str]]:
-        found = audit(CASE, pa.Table.from_pylist(served, SERVED_SCHEMA), tables=tables, states=state.states)
+        found = audit(
+            CASE, pa.Table.from_pylist(served, SERVED_SCHEMA), tables=tables, states={state.plan.fingerprint: state}
+        )
         return found.checked, found.mismatched, sorted(found.by_feature)
 
     assert report() == (3, 0, [])

@@ -203,7 +203,7 @@ def test_served_neighbours_are_made_again_by_the_audit(tables: Tables, place: st
 
     def report() -> object:
         predictions = pa.Table.from_pylist(served, schema=SERVED_SCHEMA)
-        found = audit(CASE, predictions, tables=tables, states=state.states)
+        found = audit(CASE, predictions, tables=tables, states={state.plan.fingerprint: state})
         return found.checked, found.mismatched, sorted(found.by_feature)
 
     assert report() == (6, 0, [])

@@ -30,14 +30,19 @@ from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, World, same_bits, wo
 MINUTE = 60_000_000
 
 
-def use_case(view: FeatureView = VIEW) -> UseCase:
+def use_case(view: FeatureView = VIEW, *kept: FeatureView) -> UseCase:
     model = ModelSpec(
         name="meter",
         target=Target(field="flow", horizon=60 * SECOND),
         numeric=("flow_mean_1m",),
         split=Split(calibration=timedelta(days=1), test=timedelta(days=1)),
     )
-    return UseCase(name="meter", title="Meters", contract=CONTRACT, view=view, model=model, gates=())
+    return UseCase(name="meter", title="Meters", contract=CONTRACT, view=view, kept=kept, model=model, gates=())
+
+
+def two_views() -> UseCase:
+    """A page with an earlier view, which had no lags."""
+    return use_case(VIEW, VIEW.model_copy(update={"lags": ()}))
 
 
 def record(meter: str, at: int, flow: float | None, level: float | None = None) -> dict[str, object]:

@@ -108,6 +108,10 @@ class Plant:
         )
         self.tables.append(events_table(CASE), rows, "drain", marker)
 
+    @property
+    def states(self) -> dict[str, OnlineState]:
+        return {self.state.plan.fingerprint: self.state}
+
     def predictions(self) -> pa.Table:
         rows = [{**dict.fromkeys(SERVED_SCHEMA.names), **row} for row in self.served]
         return pa.Table.from_pylist(rows, schema=SERVED_SCHEMA)
@@ -144,7 +148,7 @@ def plant(tmp_path: Path) -> Iterator[Plant]:
 
 def test_every_served_value_is_recomputed_to_the_last_bit(plant: Plant) -> None:
     plant.drain(plant.log.last("events"))
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.checked, report.mismatched, report.pending, report.foreign) == (120, 0, 0, 0)
     assert {row["generation"] for row in plant.served} == {1, 2}
 
@@ -157,7 +161,7 @@ def test_one_changed_bit_is_found_and_named(plant: Plant) -> None:
     stored[mean] = float(np.nextafter(stored[mean], 1e9))
     victim["stored"] = stored
     plant.served[30]["numeric"] = [1.0, *plant.served[30]["numeric"][1:]]
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert report.mismatched == 2
     assert {name: skew.differing for name, skew in report.by_feature.items()} == {"flow_mean_5m": 1, "scaled": 1}
     found = {example.feature: example.prediction_id for example in report.examples}
@@ -171,7 +175,7 @@ def test_the_distance_of_what_differs_is_told_by_feature(plant: Plant) -> None:
         stored = list(plant.served[row]["stored"])
         stored[mean] += change
         plant.served[row]["stored"] = stored
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert report.by_feature == {"flow_mean_5m": FeatureSkew(2, 0, 0, pytest.approx(2.0))}
 
 
@@ -188,7 +192,7 @@ def test_the_job_audits_a_share_of_what_was_served_lately_and_keeps_an_alert_by_
 
     def run(**how: object) -> SkewReport:
         found = {"tables": plant.tables, "database": database, "clock": clock} | how
-        return audit_lately(CASE, states=plant.state.states, **found)
+        return audit_lately(CASE, states=plant.states, **found)
 
     assert run() == SkewReport(checked=0, mismatched=0, pending=0, foreign=0)
     plant.tables.ensure(predictions_table(CASE), SERVED_SCHEMA)
@@ -220,25 +224,25 @@ def test_a_value_that_should_be_missing_is_a_mismatch(plant: Plant) -> None:
     unknown["stored"] = stored
     known = plant.served[90]
     known["stored"] = [None, *known["stored"][1:]]
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert report.by_feature == {"flow_mean_1m": FeatureSkew(1, 0, 1, 0.0), "flow_count_1m": FeatureSkew(1, 1, 0, 0.0)}
 
 
 def test_an_event_that_the_table_lost_shows_as_skew(plant: Plant) -> None:
     plant.drain(plant.log.last("events"), without=55)
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert report.mismatched > 0
 
 
 def test_answers_whose_events_are_not_in_the_table_yet_wait(plant: Plant) -> None:
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.checked, report.pending) == (60, 60)
 
 
 def test_answers_of_another_view_are_not_judged_by_this_one(plant: Plant) -> None:
     plant.drain(plant.log.last("events"))
     plant.served[0]["view"] = "0123456789abcdef"
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.checked, report.foreign) == (119, 1)
 
 
@@ -246,7 +250,7 @@ def test_an_imputed_value_is_counted_and_what_is_made_of_it_is_recomputed(plant:
     plant.drain(plant.log.last("events"))
     plant.impute(2, "flow_mean_1m", 3.25)  # of the entity that nobody knows
     plant.impute(90, "flow_std_1m", 0.1)
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.checked, report.mismatched, report.imputed) == (120, 0, 2)
 
 
@@ -255,7 +259,7 @@ def test_a_column_that_was_not_made_of_the_imputed_value_is_found(plant: Plant) 
     before = plant.served[90]["numeric"]
     plant.impute(90, "flow_mean_1m", 3.25)
     plant.served[90]["numeric"] = before
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.mismatched, report.imputed) == (1, 1)
     assert {name: skew.differing for name, skew in report.by_feature.items()} == {"scaled": 1}
 
@@ -267,6 +271,6 @@ def test_beside_an_imputed_value_every_other_is_still_compared(plant: Plant) -> 
     stored = list(plant.served[90]["stored"])
     stored[mean] = float(np.nextafter(stored[mean], 1e9))
     plant.served[90]["stored"] = stored
-    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.state.states)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.mismatched, report.imputed) == (1, 1)
     assert {name: skew.differing for name, skew in report.by_feature.items()} == {"flow_mean_5m": 1}

@@ -20,9 +20,9 @@ from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import EVENT_ID, SEQUENCE
 from pipelines.drain import drain
 from pipelines.features.online import OnlineState
-from tests.backends import open_log, open_state
+from tests.backends import open_log, open_state, open_views
 from tests.data.worlds import BASE, same_bits
-from tests.pipeline.test_online_state import bulk, record, use_case
+from tests.pipeline.test_online_state import bulk, record, two_views, use_case
 
 ROOT = Path(__file__).parents[2]
 METERS = 5
@@ -36,12 +36,13 @@ import os, select, sys, threading
 from cluster.group_commit import GroupCommit
 from cluster.log import Record
 from pipelines.contracts.events import encode_event
-from tests.backends import open_log, open_state
+from tests.backends import open_log, open_views
 from tests.data.worlds import BASE, CONTRACT
-from tests.pipeline.test_online_state import record, use_case
+from tests.pipeline.test_online_state import record, two_views
 
 place, NOW = sys.argv[1], BASE + 5_000_000
-state = open_state(place, use_case())
+views = open_views(place, two_views())
+state = views.states[views.present]
 
 class Clock:
     def now(self):
@@ -60,7 +61,7 @@ INGEST = (
     COMMON
     + """
 log = open_log(place)
-group = GroupCommit(log, Clock(), after_commit=lambda: state.project(log))
+group = GroupCommit(log, Clock(), after_commit=lambda: views.project(log))
 
 def ingest(first):
     at = first
@@ -141,8 +142,8 @@ def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_
                 acknowledged += killed(victim)
         acknowledged += stopped(bystander)
 
-    log, state = open_log(place), open_state(place, use_case())
-    assert state.project(log) == log.last("events")
+    log, views = open_log(place), open_views(place, two_views())
+    assert views.project(log) == log.last("events")
     records = log.read("events", 0)
     assert [r.sequence for r in records] == list(range(1, len(records) + 1))
     values = [r.value for r in records]
@@ -150,9 +151,11 @@ def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_
     expected = {b'["%c%d|%d"' % (s, int(at) % METERS, BASE + int(at)) for at in acknowledged for s in b"ab"}
     assert expected <= {value.split(b",")[0] for value in values}, "an acknowledged event is not in the log"
 
-    replayed = OnlineState(tmp_path / "replayed", use_case())
-    replayed.project(log)
-    assert blobs(state) == blobs(replayed)
+    for state in views.states.values():
+        replayed = OnlineState(tmp_path / "replayed", state.use_case)
+        replayed.project(log)
+        assert blobs(state) == blobs(replayed)
+        replayed.close()
 
     tables = Tables((tmp_path / "tables").as_uri())
     drain(use_case(), log, tables, Settings(home=tmp_path))
@@ -161,11 +164,14 @@ def test_killed_and_concurrent_ingest_loses_and_doubles_nothing(place: str, tmp_
     drained = rows.column(EVENT_ID).to_pylist()
     assert len(drained) == len(set(drained)), "an event is in the table twice"
     assert {f"{s}{int(at) % METERS}|{BASE + int(at)}" for at in acknowledged for s in "ab"} <= set(drained)
-    rebuilt = OnlineState(tmp_path / "rebuilt", use_case())
-    rebuilt.materialize(rows, tables.version(events_table(use_case())), log, drained=len(records))
-    assert blobs(state) == blobs(rebuilt)
-    for opened in (log, state, replayed, rebuilt):
-        opened.close()
+    version = tables.version(events_table(use_case()))
+    for state in views.states.values():
+        rebuilt = OnlineState(tmp_path / "rebuilt", state.use_case)
+        rebuilt.materialize(rows, version, log, drained=len(records))
+        assert blobs(state) == blobs(rebuilt)
+        rebuilt.close()
+    views.close()
+    log.close()
 
 
 def test_readers_see_the_old_or_the_new_state_while_rebuilds_race_with_ingest(place: str) -> None:
