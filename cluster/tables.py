@@ -189,6 +189,10 @@ class Tables:
         """The newest version of the table."""
         return self._open(name, without_files=True).version()
 
+    def schema(self, name: str, version: int | None = None) -> pa.Schema:
+        """The declared schema of one version, partition columns included."""
+        return _declared(self._open(name, version, without_files=True))
+
     def marker(self, name: str, app_id: str) -> int | None:
         """The highest marker that ``app_id`` has committed, None if it never has."""
         return self._open(name, without_files=True).transaction_version(app_id)
@@ -218,16 +222,18 @@ class Tables:
         columns: Sequence[str] | None = None,
         filter: pc.Expression | None = None,
         partition: Mapping[str, Sequence[int | str]] | None = None,
+        encoded: Sequence[str] = (),
     ) -> pa.Table:
         """The rows of one version as the declared schema (or ``columns`` of it).
 
-        ``partition`` prunes as in ``files``. Rows of a file keep their order; files come by path.
+        ``partition`` prunes as in ``files``. Rows of a file keep their order; files come by path. The strings of
+        ``encoded`` come as dictionaries, as they lie in the files, which spares a copy of every one.
         """
         handle = self._open(name, version)
-        schema = _declared(handle)
+        schema = _encoded(_declared(handle), encoded)
         stored = _storable(schema)
         filesystem, root = self._filesystem(name)
-        parquet = ds.ParquetFileFormat()
+        parquet = ds.ParquetFileFormat(read_options=ds.ParquetReadOptions(dictionary_columns=list(encoded)))
         fragments = [
             parquet.make_fragment(f"{root}/{entry.path}", filesystem, _partition_expression(entry.partition, stored))
             for entry in _data_files(name, handle, partition)
@@ -353,6 +359,17 @@ def _signed(kind: pa.DataType) -> pa.DataType:
     if kind == pa.uint64():
         raise ValueError("a table cannot hold uint64: use int64")
     return wider.get(kind, kind)
+
+
+def _encoded(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field(field.name, pa.dictionary(pa.int32(), field.type), field.nullable)
+            if field.name in columns
+            else field
+            for field in schema
+        ]
+    )
 
 
 def _pack(schema: pa.Schema) -> str:

@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +26,7 @@ from cluster.settings import Settings
 from cluster.tables import DataFile, Tables
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, INSTANT
+from pipelines.features.buckets import Bucket, Engine, buckets_in, ray_carries
 from pipelines.features.neighbours import columns_of
 from pipelines.features.offline import build_examples, examples_schema
 from pipelines.features.windows import compile_plan, instants, view_fingerprint
@@ -75,7 +75,7 @@ def backfill(
     settings: Settings,
     events_version: int | None = None,
     dimensions: Mapping[str, int] | None = None,
-    engine: Literal["auto", "arrow", "ray"] = "auto",
+    engine: Engine = "auto",
 ) -> Backfill:
     """Makes the training table's rows of one version of the events table, as far as they are not there yet.
 
@@ -99,7 +99,7 @@ def backfill(
             break
         job = _Job(use_case, tables, version, pinned)
         tasks = [task for bucket in missing for task in _slices(use_case, tables, version, bucket, settings.task_rows)]
-        if _ray_carries(engine, sum(bucket.rows for bucket in missing), settings):
+        if ray_carries(engine, sum(bucket.rows for bucket in missing), settings):
             files = _with_ray(job, tasks)
         else:
             files = [job(task) for task in tasks]
@@ -138,13 +138,6 @@ def training_rows(
         )
     wanted = list(columns) if columns is not None else examples_schema(use_case).names
     return tables.read(name, version=table_version, columns=wanted, partition={SOURCE: sorted(sources)})
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    number: int
-    source: str
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -223,30 +216,23 @@ def _pinned(use_case: UseCase, tables: Tables, chosen: Mapping[str, int] | None)
     return pinned
 
 
-def _buckets(use_case: UseCase, tables: Tables, version: int, dimensions: Mapping[str, int]) -> list[_Bucket]:
-    """The buckets of one version of the events table, by number."""
-    held: dict[int, list[tuple[str, int]]] = {}
-    for entry in tables.entries(events_table(use_case), version):
-        held.setdefault(int(entry.partition[BUCKET]), []).append((entry.path, entry.rows))
-    everywhere = [path for files in held.values() for path, _ in files] if use_case.view.neighbours else []
-    facts = [
-        entry.path
-        for dimension in use_case.view.dimensions
-        for entry in tables.entries(events_table(use_case.source(dimension)), dimensions[dimension.name])
-    ]
-    buckets = []
-    for number, files in sorted(held.items()):
-        made_of = [*(everywhere or [path for path, _ in files]), *facts]
-        digest = blake2b("\n".join([str(number), *sorted(made_of)]).encode(), digest_size=8)
-        buckets.append(_Bucket(number, digest.hexdigest(), sum(rows for _, rows in files)))
-    return buckets
+def _buckets(use_case: UseCase, tables: Tables, version: int, dimensions: Mapping[str, int]) -> list[Bucket]:
+    """The buckets of one version of the events table, by number; ``source`` is of all that their examples depend on."""
+    held = buckets_in(tables, events_table(use_case), version)
+    others = [bucket.source for bucket in held] if use_case.view.neighbours else []
+    for dimension in use_case.view.dimensions:
+        facts = buckets_in(tables, events_table(use_case.source(dimension)), dimensions[dimension.name])
+        others += [bucket.source for bucket in facts]
+    if not others:
+        return held
+    return [replace(bucket, source=fingerprint(bucket.number, bucket.source, others)) for bucket in held]
 
 
 def _present(tables: Tables, name: str, version: int | None = None) -> set[str]:
     return {entry.partition[SOURCE] for entry in tables.entries(name, version)}
 
 
-def _slices(use_case: UseCase, tables: Tables, version: int, bucket: _Bucket, most: int) -> list[_Task]:
+def _slices(use_case: UseCase, tables: Tables, version: int, bucket: Bucket, most: int) -> list[_Task]:
     """Tasks of about ``most`` events each, which together make the bucket's examples."""
     whole = _Task(bucket.number, bucket.source)
     if bucket.rows <= most:
@@ -260,17 +246,6 @@ def _slices(use_case: UseCase, tables: Tables, version: int, bucket: _Bucket, mo
 
 def _schema(use_case: UseCase) -> pa.Schema:
     return pa.schema([*examples_schema(use_case), pa.field(BUCKET, pa.int32()), pa.field(SOURCE, pa.string())])
-
-
-def _ray_carries(engine: str, rows: int, settings: Settings) -> bool:
-    if engine == "arrow" or (engine == "auto" and rows <= settings.ray_rows):
-        return False
-    import ray
-
-    connected = bool(ray.is_initialized())
-    if engine == "ray" and not connected:
-        raise RuntimeError("the backfill's Ray engine needs a Ray cluster: connect first, or use engine='arrow'")
-    return connected
 
 
 def _with_ray(job: _Job, tasks: list[_Task]) -> list[DataFile]:

@@ -8,6 +8,36 @@ from pipelines.features.kernels.compiled import compiled
 
 
 @compiled
+def standing(entities: np.ndarray, times: np.ndarray, orders: np.ndarray | None) -> bool:
+    """Whether rows, int64[m] each, stand by entity, time and order already (None: their place), without a null (-1)."""
+    for i in range(entities.shape[0]):
+        if entities[i] < 0:
+            return False
+        if i == 0 or entities[i - 1] < entities[i]:
+            continue
+        if entities[i - 1] > entities[i] or times[i - 1] > times[i]:
+            return False
+        if orders is not None and times[i - 1] == times[i] and orders[i - 1] > orders[i]:
+            return False
+    return True
+
+
+@compiled
+def by_entity(edges: np.ndarray, entities: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The ``places``, int64[m], of rows that have an entity, put by entity and otherwise left in their order.
+
+    Entity e, of entities int64[m], has edges[e + 1] - edges[e] rows: counting sorts them in one pass.
+    """
+    sorted_, free = np.empty(edges[-1], np.int64), edges[:-1].copy()
+    for i in range(places.shape[0]):
+        entity = entities[places[i]]
+        if entity >= 0:
+            sorted_[free[entity]] = places[i]
+            free[entity] += 1
+    return sorted_
+
+
+@compiled
 def latest(
     edges: np.ndarray,
     times: np.ndarray,
