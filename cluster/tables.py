@@ -34,6 +34,12 @@ _PARTITION_VALUE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 # How often a commit that lost a race looks again; each loser's rival has moved the table forward.
 _ATTEMPTS = 40
+# deltalake looks for each version between the newest and the one asked for, a million of them in a tenth of a second.
+_LOOKED_FOR = 1_000_000
+
+
+class NoVersion(ValueError):
+    """The table has no such version, or no longer has it; the message names the newest and says what to ask for."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,10 @@ class Tables:
         return sorted(gone)
 
     def _open(self, name: str, version: int | None = None, *, without_files: bool = False) -> DeltaTable:
+        if version is not None and not 0 <= version < _LOOKED_FOR:
+            newest = self.version(name)
+            if not 0 <= version <= newest:
+                raise _no_version(name, version, newest)
         try:
             return DeltaTable(
                 self.uri(name),
@@ -266,11 +276,13 @@ class Tables:
                 without_files=without_files,
             )
         except TableNotFoundError:
+            if version is not None:  # unless there is no table at all, which this finds out
+                raise _no_version(name, version, self.version(name)) from None
             raise TableNotFoundError(f"no table {name!r} below {self.url}: ensure() creates it") from None
         except DeltaError:
             if version is None or version <= (newest := self.version(name)):
                 raise
-            raise ValueError(f"table {name!r} has no version {version}: its newest is {newest}") from None
+            raise _no_version(name, version, newest) from None
 
     def _commit(self, handle: DeltaTable, files: Sequence[DataFile], transaction: Transaction) -> None:
         actions: list[AddAction | RemoveAction] = [
@@ -297,6 +309,18 @@ class Tables:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _no_version(name: str, version: int, newest: int) -> NoVersion:
+    if 0 <= version <= newest:  # Delta deletes what its log says of versions older than the log's retention
+        return NoVersion(
+            f"table {name!r} no longer has version {version}: its newest is {newest}; ask for a later one, "
+            "or for none to get the newest"
+        )
+    return NoVersion(
+        f"table {name!r} has no version {version}: its newest is {newest}; ask for one from 0 to {newest}, "
+        "or for none to get the newest"
+    )
 
 
 def _split(table: pa.Table, columns: Sequence[str]) -> list[tuple[dict[str, int | str], pa.Table]]:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
-from cluster.tables import Tables
+from cluster.tables import NoVersion, Tables
 from tests import services
 
 SCHEMA = pa.schema(
@@ -209,10 +210,25 @@ def test_pruning_by_what_is_no_partition_is_refused(local):
         local.read("aqua/events", partition={"entity": ["e1"]})
 
 
-def test_a_version_that_is_not_there_says_so(tables):
+@pytest.mark.parametrize("version", [7, -1, 2**20, 2**40, 2**63, 2**64])
+def test_a_version_that_is_not_there_says_so_at_once(tables, version):
+    asked = f"'aqua/events' has no version {version}: its newest is 0; ask for one from 0 to 0, or for none"
+    begun = time.monotonic()
     for ask in (tables.read, tables.files, tables.entries):
-        with pytest.raises(ValueError, match="'aqua/events' has no version 7: its newest is 0"):
-            ask("aqua/events", version=7)
+        with pytest.raises(NoVersion, match=asked):
+            ask("aqua/events", version=version)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_version_of_which_the_log_was_cleaned_says_so(local, tmp_path):
+    for number in (1, 2):
+        local.append("aqua/events", rows(number), "load", number)
+    DeltaTable(local.uri("aqua/events")).create_checkpoint()  # as Delta does it, before it deletes older entries
+    for version in (0, 1):
+        (tmp_path / f"aqua/events/_delta_log/{version:020d}.json").unlink()
+    with pytest.raises(NoVersion, match="'aqua/events' no longer has version 1: its newest is 2; ask for a later"):
+        local.read("aqua/events", version=1)
+    assert local.read("aqua/events", version=2).num_rows == 2
 
 
 def test_a_table_that_is_not_there_says_so(local):
