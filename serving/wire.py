@@ -127,7 +127,11 @@ class RolloutStart(_Request):
 
 
 class RolloutEvidence(BaseModel):
-    """What is known of the challenger. A guardrail acts when its ``log_e`` reaches its ``threshold``."""
+    """What is known of the challenger. A guardrail acts when its ``log_e`` reaches its ``threshold``.
+
+    ``skewed`` are the answers that the last audit since the rollout was resumed found to differ from what their events
+    make again.
+    """
 
     challenger_requests: int
     served: int
@@ -135,6 +139,7 @@ class RolloutEvidence(BaseModel):
     copies: int
     disagreed: int
     days: int
+    skewed: int = 0
     log_e: dict[str, float | None]
     threshold: dict[str, float | None]
 

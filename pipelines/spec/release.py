@@ -60,6 +60,18 @@ class Labels(Spec):
         return self
 
 
+class SkewRule(Spec):
+    """The skew audit that runs by itself, and pauses a rollout when a served value is not what its events make again.
+
+    ``every`` so long on the cluster's clock, a ``share`` of the answers given since the last audit is made again, of
+    more than ``rows`` a smaller one, so that there are about so many.
+    """
+
+    every: timedelta = PydanticField(default=timedelta(minutes=15), gt=timedelta(0))
+    share: float = PydanticField(default=1.0, gt=0, le=1)
+    rows: int = PydanticField(default=5_000, ge=1)
+
+
 class ReleasePolicy(Spec):
     """Everything a rollout is held to.
 
@@ -70,7 +82,8 @@ class ReleasePolicy(Spec):
     ``disagreement`` is the declared rate of that. After ``harm_cap`` requests with harmed answers (the champion had to
     step in) or copies left unanswered the challenger is withdrawn at once; the cap is no part of alpha. A caller's
     request waits for the challenger at most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails
-    alone. A rollout that is not decided within ``patience`` ends as inconclusive.
+    alone. A rollout that is not decided within ``patience`` ends as inconclusive. Without ``skew`` no audit runs by
+    itself; while nothing is being tried, it runs by the page's.
     """
 
     shadow: Shadow = Shadow()
@@ -84,6 +97,7 @@ class ReleasePolicy(Spec):
     harm_cap: int = PydanticField(default=25, ge=1)
     deadline_ms: float = PydanticField(default=250.0, gt=0, le=4000)
     labels: Labels | None = None
+    skew: SkewRule | None = SkewRule()
     approval: bool = False
     patience: timedelta = PydanticField(default=timedelta(days=30), gt=timedelta(0))
 

@@ -21,7 +21,7 @@ from cluster.clock import Clock
 from cluster.database import ReleaseRequest, StaleEpoch, StaleJournal
 from pipelines.spec import ReleasePolicy, UseCase
 from pipelines.validation.paired import PairedDay
-from serving.rollout.evidence import Report
+from serving.rollout.evidence import Report, Skew
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import Action, Verdict, judge
 from serving.rollout.machine import Effect, Kind, NotAllowed, Phase, State, required
@@ -131,6 +131,17 @@ class Controller:
             later = self.situation.evidence.later(days)
             if fits and later:
                 self._record(Kind.LABELS, {"days": [asdict(day) for day in later]})
+            self._judge()
+
+    def take_skew(self, skew: Skew) -> None:
+        """What an audit found: it pauses a rollout in shadow or canary, at once or as soon as it gets there.
+
+        A finding that is repeated until it is taken counts once.
+        """
+        with self._lock:
+            fits = self.state.tried or self.state.phase is Phase.STARTING
+            if fits and self.situation.evidence.skew != skew:
+                self._record(Kind.SKEW, skew.model_dump(mode="json"))
             self._judge()
 
     def turn(self) -> None:

@@ -1,4 +1,4 @@
-"""What is known of a challenger so far: counters that gateways send, and losses on matured outcomes by day.
+"""What is known of a challenger so far: counters of gateways, losses on matured outcomes by day, and feature skew.
 
 Evidence only ever grows by journalled reports and is never edited, so a replayed journal gives the same evidence.
 """
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from pipelines.validation.paired import PairedDay
 
 Counts = dict[float, tuple[int, int]]
+_NAMED = 5  # features that a sentence names
 
 
 class Report(BaseModel):
@@ -43,9 +44,29 @@ class Report(BaseModel):
     accidents: NonNegativeInt = 0
 
 
+class Skew(BaseModel):
+    """What an audit found: of ``checked`` answers ``mismatched`` differ from what their events make again; ``features``
+    says in how many values, by feature.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checked: PositiveInt
+    mismatched: PositiveInt
+    features: dict[str, PositiveInt]
+
+    def __str__(self) -> str:
+        worst = sorted(self.features.items(), key=lambda item: (-item[1], item[0]))
+        named = ", ".join(f"{name} in {count}" for name, count in worst[:_NAMED])
+        more = f" and {len(worst) - _NAMED} more features" if len(worst) > _NAMED else ""
+        return f"{self.mismatched} of {self.checked} answers differ from what their events make again: {named}{more}"
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """All of it. ``ratio`` is ``exposed`` since the sample-ratio test last began; moments in microseconds."""
+    """All of it. ``ratio`` is ``exposed`` since the sample-ratio test last began, ``skew`` the last that was found
+    since somebody resumed the rollout; moments in microseconds.
+    """
 
     exposed: Counts = field(default_factory=dict)
     errors: Counts = field(default_factory=dict)
@@ -57,6 +78,7 @@ class Evidence:
     harmed: int = 0
     accidents: int = 0
     days: tuple[PairedDay, ...] = ()
+    skew: Skew | None = None
     started_us: int = 0
     stage_us: int = 0
     sequences: Mapping[str, int] = field(default_factory=dict)
@@ -98,8 +120,8 @@ class Evidence:
         return replace(self, stage_us=now_us)
 
     def resumed(self) -> Evidence:
-        """The sample-ratio test begins anew: whoever resumes a rollout has looked at why it was paused."""
-        return replace(self, ratio={})
+        """Without what pauses a rollout: whoever resumes it has looked at that. The sample-ratio test begins anew."""
+        return replace(self, ratio={}, skew=None)
 
     def challenger_requests(self) -> int:
         """How many requests the challenger got, copies included."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.database import Database, JournalEntry
 from pipelines.spec import ReleasePolicy
-from serving.rollout.evidence import Evidence, Report, days_of
+from serving.rollout.evidence import Evidence, Report, Skew, days_of
 from serving.rollout.machine import Kind, State, restored, snapshot, step
 
 
@@ -46,6 +46,8 @@ class Situation:
                 evidence = evidence.with_report(Report.model_validate(payload))
             case Kind.LABELS:
                 evidence = evidence.with_labels(days_of(payload))
+            case Kind.SKEW:
+                evidence = replace(evidence, skew=Skew.model_validate(payload))
             case Kind.READY | Kind.ADVANCED:
                 evidence = evidence.at_stage(entry.at_us)
             case Kind.RESUMED:

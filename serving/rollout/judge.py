@@ -67,6 +67,8 @@ def judge(policy: ReleasePolicy, state: State, evidence: Evidence, now_us: int) 
         return verdict(Action.GIVE_UP if late else Action.HOLD, "paused")
     if log_e["sample_ratio"] >= threshold["sample_ratio"]:
         return verdict(Action.PAUSE, f"assignment does not follow its weights: {evidence.ratio}", "sample_ratio")
+    if evidence.skew is not None:
+        return verdict(Action.PAUSE, f"feature skew: {evidence.skew}", "skew")
     missing = _missing(policy, state, evidence, now_us, log_e, threshold)
     if missing is None:
         return verdict(Action.ADVANCE if not state.last_step else Action.PROMOTE, "the stage is complete")

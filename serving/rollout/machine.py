@@ -34,6 +34,7 @@ class Kind(StrEnum):
     FAILED = "challenger_failed"
     EVIDENCE = "evidence"
     LABELS = "labels"
+    SKEW = "skew"
     ADVANCED = "advanced"
     PAUSED = "paused"
     RESUMED = "resumed"
@@ -200,6 +201,7 @@ _TRIED = {
     **_STOPPED,
     Kind.EVIDENCE: _same,
     Kind.LABELS: _same,
+    Kind.SKEW: _same,
     Kind.PAUSED: _paused,
     Kind.RESUMED: _resumed,
     Kind.APPROVED: _approved,
@@ -209,13 +211,14 @@ _TRIED = {
 TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
     Phase.EMPTY: {Kind.ADOPTED: _adopted},
     Phase.IDLE: {Kind.STARTED: _started, Kind.REFUSED: _refused},
-    Phase.STARTING: {**_STOPPED, Kind.READY: _ready},
+    Phase.STARTING: {**_STOPPED, Kind.SKEW: _same, Kind.READY: _ready},
     Phase.SHADOW: {**_TRIED, Kind.ADVANCED: _advanced},
     Phase.CANARY: {**_TRIED, Kind.ADVANCED: _advanced, Kind.PROMOTION_BEGUN: _promotion_begun},
     Phase.PROMOTING: {
         **_STOPPED,
         Kind.EVIDENCE: _same,
         Kind.LABELS: _same,
+        Kind.SKEW: _same,
         Kind.PROMOTED: _promoted,
     },
     Phase.WITHDRAWING: {Kind.EVIDENCE: _same, Kind.WITHDRAWN: _withdrawn},

@@ -50,6 +50,7 @@ def describe(situation: Situation, now_us: int) -> dict[str, Any]:
             "copies": evidence.copies,
             "disagreed": evidence.disagreed,
             "days": len(evidence.days),
+            "skewed": evidence.skew.mismatched if evidence.skew is not None else 0,
             "log_e": finite(log_e),
             "threshold": finite(threshold),
         },

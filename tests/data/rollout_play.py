@@ -11,6 +11,7 @@ from pipelines import usecases
 from pipelines.spec import UseCase
 from pipelines.validation.paired import PairedDay
 from serving.rollout.controller import DECIDED, Controller
+from serving.rollout.evidence import Skew
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import judge
 from serving.rollout.machine import Kind, NotAllowed
@@ -219,6 +220,10 @@ class Play:
         rollout = self.controller.state.rollout
         self._survive(lambda: self.controller.take_labels(rollout, days))
 
+    def skew(self) -> None:
+        found = Skew(checked=150, mismatched=30, features={"demand_mean_1h": 30, "hour": 2})
+        self._survive(lambda: self.controller.take_skew(found))
+
     def ask(self, odd: bool = False) -> None:
         version = str(1 + len(self.world.open) + len(self.world.closed))
         self.world.open.append(version)
@@ -246,6 +251,7 @@ STEPS = {
     "harm": lambda play: play.report(harmed=30, accidents=30),
     "better": lambda play: play.labels(25, -0.05),
     "worse": lambda play: play.labels(25, 0.07),
+    "skew": lambda play: play.skew(),
     "pause": lambda play: play.command("pause"),
     "resume": lambda play: play.command("resume"),
     "approve": lambda play: play.command("approve"),
@@ -263,6 +269,7 @@ STORIES = [
     [*SHADOWED, "harm", "abort"],
     [*SHADOWED, "copies", "wait", "settle", "errors", "pause", "ask", "settle", "pause", "resume", "approve", "abort"],
     [*SHADOWED, "copies", "wait", "settle", "worse", "abort", "ask"],
+    [*SHADOWED, "skew", "copies", "wait", "settle", "resume"],
     ["settle", "ask oddly", "ask oddly", "ask", "settle", "abort", "settle", "ask oddly"],
 ]
 

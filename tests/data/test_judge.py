@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.spec import CanaryStep, Labels, ReleasePolicy, Shadow
 from pipelines.validation.paired import PairedDay
-from serving.rollout.evidence import Evidence, Report
+from serving.rollout.evidence import Evidence, Report, Skew
 from serving.rollout.judge import Action, judge
 from serving.rollout.machine import Phase, State
 from tests.data.test_sequential import direct_bernoulli, direct_mean_below, direct_rate, direct_ratio
@@ -153,6 +153,27 @@ def test_a_broken_split_pauses_and_never_rolls_back():
     assert judge(POLICY, CANARY, skewed.resumed(), LATER).action is Action.ADVANCE
 
 
+def test_feature_skew_pauses_until_somebody_resumes_and_never_rolls_back():
+    found = Skew(checked=150, mismatched=30, features={"flow_mean_1h": 2, "hour": 30})
+    skewed = replace(HEALTHY, skew=found)
+    for state in (SHADOW, CANARY, LAST):
+        verdict = judge(POLICY, state, skewed, LATER)
+        assert (verdict.action, verdict.guardrail) == (Action.PAUSE, "skew")
+        assert "30 of 150 answers" in verdict.reason
+        assert verdict.reason.endswith("hour in 30, flow_mean_1h in 2")
+        assert judge(POLICY, replace(state, paused=True), skewed, LATER).action is Action.HOLD
+        assert judge(POLICY, state, skewed.resumed(), LATER).action is judge(POLICY, state, HEALTHY, LATER).action
+    promoting = replace(LAST, phase=Phase.PROMOTING)
+    assert judge(POLICY, promoting, skewed, LATER).action is Action.HOLD
+    broken = replace(skewed, errors={0.1: (6, 0)})
+    assert judge(POLICY, CANARY, broken, LATER).guardrail == "errors"
+
+
+def test_of_many_skewed_features_the_worst_are_named_and_the_others_counted():
+    found = Skew(checked=9, mismatched=9, features={f"f{i}": i for i in range(1, 8)})
+    assert str(found).endswith(": f7 in 7, f6 in 6, f5 in 5, f4 in 4, f3 in 3 and 2 more features")
+
+
 def test_a_stage_needs_its_requests_and_its_time():
     assert judge(POLICY, SHADOW, HEALTHY, LATER).action is Action.ADVANCE
     assert judge(POLICY, SHADOW, replace(HEALTHY, copies=99), LATER).reason == "99 of 100 challenger requests"
@@ -192,5 +213,7 @@ def test_a_policy_that_cannot_be_held_to_is_refused():
         ReleasePolicy(split={"mood": 1.0})
     with pytest.raises(ValueError, match="more than 1"):
         ReleasePolicy(split={"errors": 0.6, "latency": 0.6, "disagreement": 0.1, "quality": 0.1, "sample_ratio": 0.1})
+    with pytest.raises(ValueError, match="shares"):
+        ReleasePolicy(skew={"shares": 0.1})
     with pytest.raises(ValueError, match="cannot be seen"):
         Labels(margin=0.1, clip=0.05)

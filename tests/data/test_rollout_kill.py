@@ -15,17 +15,19 @@ from cluster.database import Database, StaleEpoch, StaleJournal
 from serving.rollout.controller import APPLY_TIMEOUT_S, START_TIMEOUT_S, Controller
 from serving.rollout.journal import Journal, replay
 from serving.rollout.machine import Kind, Phase
-from serving.rollout.projections import aliases
+from serving.rollout.projections import aliases, describe
 from serving.routing import RoutingTable
 from tests.data.rollout_play import (
     APPROVED,
     CAUTIOUS,
     GATEWAY,
+    SHADOWED,
     STEPS,
     STORIES,
     USE_CASE,
     USUAL,
     FakeWorld,
+    FragileJournal,
     Lasting,
     Loading,
     Play,
@@ -273,6 +275,43 @@ def test_a_pause_and_a_rollback_open_alerts_that_resolve_when_the_release_moves_
     play.world.open = ["3"]
     play.settle()
     assert play.world.alerts == {}
+
+
+def test_skew_that_an_audit_finds_pauses_the_rollout_until_a_person_resumes_it(database):
+    play = play_out(database, "skewed", [*SHADOWED, "copies", "wait", "skew", "settle"], [], frozenset())
+    assert (play.controller.state.phase, play.controller.state.paused) == (Phase.SHADOW, True)
+    assert describe(play.controller.situation, play.clock.now())["evidence"]["skewed"] == 30
+    (paused,) = (e.payload for e in play.journal.read() if e.kind == Kind.PAUSED)
+    assert paused["guardrail"] == "skew"
+    assert "30 of 150 answers" in paused["reason"]
+    assert "demand_mean_1h in 30, hour in 2" in paused["reason"]
+    assert list(play.world.alerts) == ["rollout_paused"]
+    STEPS["wait"](play)
+    play.settle()
+    assert play.controller.state.paused
+    play.command("resume")
+    play.settle()
+    assert (play.controller.state.phase, play.controller.state.paused) == (Phase.CANARY, False)
+    play.skew()  # an audit that finds it again
+    assert play.controller.state.paused
+    assert play.controller.state.phase is Phase.CANARY
+
+
+def test_skew_found_while_a_version_starts_pauses_it_in_shadow_and_without_a_rollout_nothing_is_kept(database):
+    world = Loading(open=["1"])
+    play = Play(world, FragileJournal(database, "starting", world))
+    play.settle()
+    before = play.journal.read()
+    play.skew()
+    assert play.journal.read() == before
+    world.open = ["2"]
+    play.settle()
+    assert play.controller.state.phase is Phase.STARTING
+    play.skew()
+    with play.controller._lock:
+        play.controller._record(Kind.READY, {})
+    play.controller.turn()
+    assert (play.controller.state.phase, play.controller.state.paused) == (Phase.SHADOW, True)
 
 
 def test_a_policy_that_this_code_does_not_know_ends_its_rollout_and_no_journal(database):

@@ -39,6 +39,7 @@ TRIED = {
     Kind.INCONCLUSIVE: lambda s: withdrawing(s, Outcome.INCONCLUSIVE),
     Kind.EVIDENCE: lambda s: s,
     Kind.LABELS: lambda s: s,
+    Kind.SKEW: lambda s: s,
     Kind.PAUSED: lambda s: replace(s, paused=True),
     Kind.RESUMED: lambda s: replace(s, paused=False),
     Kind.APPROVED: lambda s: replace(s, approved=True),
@@ -49,7 +50,7 @@ EXPECTED = {
         Kind.STARTED: lambda _: STARTING,
         Kind.REFUSED: lambda s: replace(s, refused="3", refused_request=9),
     },
-    Phase.STARTING: {**STOPS, Kind.READY: lambda _: SHADOW},
+    Phase.STARTING: {**STOPS, Kind.SKEW: lambda s: s, Kind.READY: lambda _: SHADOW},
     Phase.SHADOW: {**TRIED, Kind.ADVANCED: lambda _: CANARY},
     Phase.CANARY: {
         **TRIED,
@@ -60,6 +61,7 @@ EXPECTED = {
         **STOPS,
         Kind.EVIDENCE: lambda s: s,
         Kind.LABELS: lambda s: s,
+        Kind.SKEW: lambda s: s,
         Kind.PROMOTED: lambda s: withdrawing(s, Outcome.PROMOTED, champion="2", previous="1"),
     },
     Phase.WITHDRAWING: {
