@@ -50,8 +50,11 @@ def audit_lately(
     columns: Callable[[str], Sequence[str] | None] = columns_of_the_page,
     lately: timedelta = timedelta(hours=24),
     share: float = 0.05,
+    rows: int | None = None,
 ) -> SkewReport:
     """Audits the predictions of the time ``lately`` whose id's hash falls into ``share`` (0 to 1) of all hashes.
+
+    Of more than ``rows`` such a smaller share is audited, so that there are about so many.
 
     ``states`` and ``columns`` as of ``pipelines.features.skew.audit``.
     Opens the alert ``feature_skew`` when a value differs, and resolves it when some were checked and none does.
@@ -61,8 +64,12 @@ def audit_lately(
         return SkewReport(checked=0, mismatched=0, pending=0, foreign=0)
     now = clock.now()
     since, until = (pa.scalar(at, pa.int64()).cast(INSTANT) for at in (now - microseconds(lately), now))
-    logged = tables.read(name, filter=(pc.field("_time") >= since) & (pc.field("_time") <= until))
-    chosen = logged.filter(pc.less(buckets_of(logged.column("prediction_id"), _SLOTS), round(share * _SLOTS)))
+    served = (pc.field("_time") >= since) & (pc.field("_time") <= until)
+    # Ids first: all answers of a busy day are too much for a process, all their ids are not.
+    ids = tables.read(name, columns=["prediction_id"], filter=served).column("prediction_id")
+    slots = round(min(share, (rows or len(ids)) / max(len(ids), 1)) * _SLOTS)
+    ids = ids.filter(pc.less(buckets_of(ids, _SLOTS), max(slots, 1)))
+    chosen = tables.read(name, filter=served & pc.field("prediction_id").isin(ids.combine_chunks()))
     report = audit(use_case, chosen, tables=tables, states=states, columns=columns)
     alerts = Alerts(database, clock)
     if report.mismatched:
@@ -95,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("use_case", choices=usecases.names())
     parser.add_argument("--hours", type=float, default=24.0, help="how far back, on the cluster's clock (default 24)")
     parser.add_argument("--share", type=_share, default=0.05, help="of the predictions, above 0, at most 1 (0.05)")
+    parser.add_argument("--rows", type=int, help="audit a smaller share, so that there are about so many")
     chosen = parser.parse_args(arguments)
     settings = Settings.from_environment()
     database = Database(settings.database_url)
@@ -109,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock=open_clock(settings),
         lately=timedelta(hours=chosen.hours),
         share=chosen.share,
+        rows=chosen.rows,
         columns=fetched_columns(use_case, settings),
     )
     views.close()

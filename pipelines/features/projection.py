@@ -134,6 +134,10 @@ class Projection(ABC, Generic[Prepared]):
             raise StateError(f"state in {self.store.where} has no generation {generation}")
         return int(_VERSION.unpack(found)[0])
 
+    def remembers(self, generation: int) -> bool:
+        """Whether ``generation`` can tell: one of a state that was lost since cannot."""
+        return generation == 0 or self.store.note(generation) is not None
+
     def applied(self) -> int:
         """The last log sequence that the state has applied."""
         return self._present().applied

@@ -59,8 +59,9 @@ class SkewReport:
     ``imputed`` counts stored values in whose place a fallback put something: the log is the only record of what that
     was, so they are taken from it, and the columns made of them are recomputed like all others.
     ``pending`` predictions read events that are not drained to the table yet, ``foreign`` ones were answered from a
-    view that is not on the page; neither is checked. Of ``stored_only`` of the checked ones the stored features were
-    compared and nothing else, because the numeric columns of their model version are not known here.
+    view that is not on the page, or from a state that was lost since; neither is checked. Of ``stored_only`` of the
+    checked ones the stored features were compared and nothing else, because the numeric columns of their model version
+    are not known here.
     """
 
     checked: int
@@ -94,7 +95,7 @@ def audit(
     """
     own, facts = _Snapshots.of(use_case, tables), _Facts(use_case, tables)
     found = _Found()
-    ours = 0
+    ours = forgotten = 0
     for view, page in pages(use_case).items():
         mine = predictions.filter(pc.equal(predictions.column("view"), view))
         if not mine.num_rows:
@@ -106,13 +107,16 @@ def audit(
         others = _matrix(mine, "others", 2 * len(page.view.beside))
         sequences = np.column_stack([mine.column("sequence").to_numpy(), others[:, 1::2]])
         for part in _of_one_snapshot(mine.filter(pa.array((sequences <= drained).all(axis=1)))):
+            if not all(state.remembers(made) for state, made in zip(read, _generations(part)[0], strict=True)):
+                forgotten += part.num_rows
+                continue
             known = _models(part, columns, use_case.model.numeric if page is use_case else None)
             found.add(page, part, _recompute(plan, own, told, read, part, inputs_of(page, part)), known)
     return SkewReport(
         checked=found.checked,
         mismatched=found.mismatched,
-        pending=ours - found.checked,
-        foreign=predictions.num_rows - ours,
+        pending=ours - found.checked - forgotten,
+        foreign=predictions.num_rows - ours + forgotten,
         by_feature={name: _skew_of(np.array(pairs)) for name, pairs in found.pairs.items()},
         examples=tuple(found.examples),
         imputed=found.imputed,
@@ -240,14 +244,15 @@ class _Facts:
 
 def _of_one_snapshot(predictions: pa.Table) -> Iterator[pa.Table]:
     """The predictions by the generations that they were made from."""
-    generations = [
-        (own, *others[::2])
-        for own, others in zip(
-            predictions.column("generation").to_pylist(), predictions.column("others").to_pylist(), strict=True
-        )
-    ]
+    generations = _generations(predictions)
     for wanted in sorted(set(generations)):
         yield predictions.filter(pa.array([found == wanted for found in generations]))
+
+
+def _generations(predictions: pa.Table) -> list[tuple[int, ...]]:
+    """Of every prediction those of the states that it was made from."""
+    own, others = (predictions.column(name).to_pylist() for name in ("generation", "others"))
+    return [(made, *beside[::2]) for made, beside in zip(own, others, strict=True)]
 
 
 def _recompute(

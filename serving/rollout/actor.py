@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -34,6 +35,7 @@ from pipelines.spec.base import DAY_US, microseconds
 from pipelines.training.artifact import ArtifactError
 from pipelines.training.registry import Registry, RegistryError
 from pipelines.validation.paired import complete_days, paired_days
+from serving.rollout import audits
 from serving.rollout.controller import Controller
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.machine import Phase, State
@@ -42,9 +44,11 @@ from serving.rollout.serve_world import ServeWorld
 
 logger = logging.getLogger(__name__)
 
-ALERT, REGISTRY_ALERT = "rollout_failing", "registry_failing"
+ALERT, REGISTRY_ALERT, AUDIT_ALERT = "rollout_failing", "registry_failing", "audit_failing"
 _TURN_S = 0.05
 _LABELS_S = 1.0
+_AUDIT_S = 60.0  # at least so long between audits, also when a replay clock hurries
+_OVERLAP = timedelta(minutes=5)  # within which an answer has reached its table
 _AFTER_FAILURE_S = 1.0
 _RESTART_S = 30.0
 # What the parts around the controller may fail with for a while.
@@ -62,7 +66,7 @@ class RolloutActor:
         # Nothing here may fail: Ray does not start an actor again whose constructor raised.
         self._usecase = usecase
         self._made: Controller | None = None
-        for work in (self._turn, self._read_labels, self._show):
+        for work in (self._turn, self._read_labels, self._show, self._audit):
             threading.Thread(target=self._ending_with_the_process, args=(work,), daemon=True).start()
 
     def exchange(self, *arguments: Any) -> dict[str, Any] | None:
@@ -176,6 +180,30 @@ class RolloutActor:
                 logger.warning("the registry does not show the versions of %s: %s", self._usecase, error)
                 _open(parts.alerts, REGISTRY_ALERT, self._usecase, error)
                 pause.wait(_AFTER_FAILURE_S * 10)
+
+    def _audit(self) -> None:
+        """Has what was served audited now and then; what differs pauses a rollout."""
+        parts, pause = self._parts(), threading.Event()
+        last_us: int | None = None
+        while not pause.wait(_AUDIT_S):
+            situation = self._made.situation if self._made is not None else Situation()
+            rule = (situation.policy if situation.state.tried else parts.use_case.release).skew
+            try:
+                now = parts.clock.now()
+                if rule is None or (last_us is not None and now - last_us < microseconds(rule.every)):
+                    continue
+                # What an earlier process of this actor left out is within a day; an answer audited twice costs little.
+                lately = timedelta(days=1) if last_us is None else timedelta(microseconds=now - last_us) + _OVERLAP
+                found = audits.audit(self._usecase, rule, lately)
+                if found is not None:
+                    self._controller.take_skew(found)
+                parts.alerts.resolve(AUDIT_ALERT, self._usecase, "what is served is audited again")
+                last_us = now
+            except (StaleEpoch, StaleJournal, ControllerStarting):
+                continue  # the next audit finds the same
+            except (*_OUTSIDE, audits.AuditFailed) as error:
+                logger.warning("what %s served could not be audited: %s", self._usecase, error)
+                _open(parts.alerts, AUDIT_ALERT, self._usecase, error)
 
 
 @dataclass(frozen=True)

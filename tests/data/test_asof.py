@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.features.asof import join_latest
-from tests.data.asof_oracle import BASE, REQUEST, ROW, naive, tables
+from tests.data.asof_oracle import BASE, BY_KEY, REQUEST, ROW, naive, tables
 
 
 @given(
@@ -66,3 +66,18 @@ def test_tables_that_do_not_fit_are_refused(changed: dict, complaint: str) -> No
     numbers = left.set_column(0, "key", pa.array([1]))
     with pytest.raises(ValueError, match="int64 in the requests"):
         join_latest(numbers, right, entity="key", time="at", columns=["number"])
+
+
+def test_when_the_clocks_go_back_the_same_wall_clock_is_two_moments() -> None:
+    rome = pa.timestamp("us", "Europe/Rome")
+    # 2024-10-27 02:30 in Rome, in summer time and an hour later in winter time.
+    summer, winter = 1_729_989_000_000_000, 1_729_992_600_000_000
+    rows = pa.table({"key": ["a", "a"], "at": pa.array([summer, winter]).cast(rome), "number": [1, 2]})
+    asked = [summer - 1, summer, winter - 1, winter]
+    requests = pa.table({"key": ["a"] * 4, "at": pa.array(asked).cast(rome)})
+    found = join_latest(requests, rows, **BY_KEY)
+    assert found.column("number").to_pylist() == [None, 1, 1, 2]
+    hour = join_latest(requests.slice(2), rows.slice(0, 1), ttl=timedelta(hours=1), **BY_KEY)
+    assert hour.column("number").to_pylist() == [1, 1]
+    less = join_latest(requests.slice(2), rows.slice(0, 1), ttl=timedelta(minutes=59), **BY_KEY)
+    assert less.column("number").to_pylist() == [None, None]

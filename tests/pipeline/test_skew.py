@@ -199,6 +199,7 @@ def test_the_job_audits_a_share_of_what_was_served_lately_and_keeps_an_alert_by_
     plant.tables.append(predictions_table(CASE), plant.predictions(), "served/1")
     whole = run(share=1.0)
     assert (whole.checked, whole.mismatched, alerts.open_alerts()) == (120, 0, [])
+    assert 10 < run(share=1.0, rows=40).checked < 80
     part = run(share=0.3)
     assert 10 < part.checked < 70
     assert run(share=1.0, lately=timedelta(microseconds=1)).checked < 10
@@ -244,6 +245,13 @@ def test_answers_of_another_view_are_not_judged_by_this_one(plant: Plant) -> Non
     plant.served[0]["view"] = "0123456789abcdef"
     report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.checked, report.foreign) == (119, 1)
+
+
+def test_answers_of_a_state_that_was_lost_since_are_not_judged(plant: Plant) -> None:
+    plant.drain(plant.log.last("events"))
+    plant.served[0]["generation"] = 7
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
+    assert (report.checked, report.mismatched, report.pending, report.foreign) == (119, 0, 0, 1)
 
 
 def test_an_imputed_value_is_counted_and_what_is_made_of_it_is_recomputed(plant: Plant) -> None:
