@@ -7,7 +7,7 @@ import importlib
 
 from tests.benchmarks.harness import report
 
-PARTS = ("windows", "joins", "reads", "ingest")
+PARTS = ("windows", "joins", "reads", "ingest", "ingest_http")
 
 
 def main() -> None:
