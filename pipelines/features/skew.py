@@ -210,10 +210,12 @@ class _Snapshots:
     def of(source: EventSource, tables: Tables) -> _Snapshots:
         """The newest version, for everything that follows."""
         table = events_table(source)
+        # A drained duplicate leaves no row, so the drain's own marker may be further on. It is read first: a drain that
+        # commits meanwhile must not have rows expected that this version does not hold.
+        marker = tables.marker(table, "drain/events") or 0
         version = tables.version(table)
         held = pc.max(tables.read(table, version=version, columns=[SEQUENCE]).column(SEQUENCE)).as_py() or 0
-        # A drained duplicate leaves no row, so the drain's own marker may be further on.
-        return _Snapshots(source.contract, tables, table, version, max(held, tables.marker(table, "drain/events") or 0))
+        return _Snapshots(source.contract, tables, table, version, max(held, marker))
 
     def visible(self, base: int, wanted: pc.Expression) -> tuple[pa.Table, np.ndarray]:
         """Rows of the table version ``base`` and the log's after it, with their ranks int64: 0, or the sequence."""

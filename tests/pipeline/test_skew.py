@@ -96,7 +96,7 @@ class Plant:
 
     def drain(self, marker: int, without: int = 0) -> None:
         records = self.log.read("events", 0)
-        after = self.tables.marker(events_table(CASE), "drain") or 0
+        after = self.tables.marker(events_table(CASE), "drain/events") or 0
         records = [r for r in records if after < r.sequence <= marker and r.sequence != without]
         rows = decode_events(
             CONTRACT,
@@ -106,7 +106,7 @@ class Plant:
             load_id="drain",
             buckets=4,
         )
-        self.tables.append(events_table(CASE), rows, "drain", marker)
+        self.tables.append(events_table(CASE), rows, "drain/events", marker)
 
     @property
     def states(self) -> dict[str, OnlineState]:
@@ -238,6 +238,23 @@ def test_an_event_that_the_table_lost_shows_as_skew(plant: Plant) -> None:
 def test_answers_whose_events_are_not_in_the_table_yet_wait(plant: Plant) -> None:
     report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
     assert (report.checked, report.pending) == (60, 60)
+
+
+def test_a_drain_that_commits_during_an_audit_makes_no_skew(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    half, rest = plant.log.last("events") // 2, plant.log.last("events")
+    plant.drain(half)
+    version = Tables.version
+
+    def drained_meanwhile(tables: Tables, name: str) -> int:
+        found = version(tables, name)
+        monkeypatch.setattr(Tables, "version", version)
+        plant.drain(rest)
+        return found
+
+    monkeypatch.setattr(Tables, "version", drained_meanwhile)
+    report = audit(CASE, plant.predictions(), tables=plant.tables, states=plant.states)
+    assert report.checked > 0
+    assert (report.checked + report.pending, report.mismatched) == (120, 0)
 
 
 def test_answers_of_another_view_are_not_judged_by_this_one(plant: Plant) -> None:
