@@ -82,7 +82,7 @@ def observe(use_case: UseCase, champion: str, *, tables: Tables, registry: Regis
     page = pages(use_case).get(snapshot["view"])
     newest_us: int | None = None
     if policy.max_age is not None and page is not None:
-        dimensions = snapshot["dimensions"]
+        dimensions = snapshot.get("dimensions", {})  # versions made before there were any have none
         made = training_rows(page, tables, snapshot["events_version"], dimensions=dimensions, columns=[TIME])
         newest_us = pc.max(pc.cast(made.column(TIME), pa.int64())).as_py()
     rule = None if policy.drift is None or page is None else _watched(use_case, page, policy.drift)
@@ -197,7 +197,7 @@ def _drift(use_case: UseCase, rule: DriftRule, snapshot: dict[str, Any], tables:
         training_version=snapshot["training_version"],
         events_version=snapshot["events_version"],
         view=snapshot["view"],
-        dimensions=snapshot["dimensions"],
+        dimensions=snapshot.get("dimensions", {}),
     )
     reference = Rows(frame.time_us, frame.entity, {name: frame.columns[name] for name in rule.columns})
     served = _served(use_case, tables, now_us - rule.days * DAY_US, now_us)

@@ -19,11 +19,12 @@ import orjson
 from cluster.alerts import Alerts
 from cluster.clock import open_clock
 from cluster.database import Database
+from cluster.log import LogUnavailable
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
-from pipelines.features.online import OnlineState, StateGap, open_log
+from pipelines.features.online import OnlineState, open_log
 from pipelines.features.state import StateError
 from pipelines.features.views import open_views
 from pipelines.training.artifact import Prediction
@@ -171,7 +172,7 @@ class Gateway:
         make = partial(self.predictor.challenger, prepared, trial.described)
         try:
             return make() if len(prepared.records) <= _INLINE_INSTANCES else await asyncio.to_thread(make)
-        except StateError:
+        except Exception:  # noqa: BLE001 — whatever it raises is a challenger's failure, and counted as one
             return None
 
     def _log_copied(self, answered: Answered, other: Other) -> None:
@@ -181,7 +182,7 @@ class Gateway:
         try:
             self._catch_up()  # its state may have been built since events were last written
             self.predictor.warm(version, self.clock.now())
-        except StateGap as error:
+        except (StateError, LogUnavailable) as error:
             raise VersionRefused(f"version {version.version} has no state to answer from: {error}") from error
 
     async def ingest(self, scope: ASGIScope, receive: Receive) -> bytes:

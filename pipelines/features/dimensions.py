@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.contracts.events import EVENT_ID
+from pipelines.contracts.events import EVENT_ID, KNOWN_AT
 from pipelines.features.found import NEVER_STALE, Found
 from pipelines.features.kernels import asof, layout
 from pipelines.features.projection import Projection, unpack
@@ -26,7 +26,7 @@ from pipelines.spec.base import microseconds
 MOST_ROWS = 1_000  # of a key that state keeps, the latest of all
 _FORMAT = 1
 _FORMAT_AT, _LEFT_OUT_AT, _HEADER = 0, 1, 2  # words of a key before its rows
-_TIME, _ORDER, _COLUMNS = 0, 1, 2  # words of a row
+_TIME, _KNOWN, _ORDER, _COLUMNS = 0, 1, 2, 3  # words of a row
 
 
 def ttl_of(dimension: Dimension) -> int:
@@ -46,7 +46,7 @@ def look_up(
     encoded = rows.column(contract.entity).combine_chunks().dictionary_encode()
     code = {name: place for place, name in enumerate(encoded.dictionary.to_pylist())}
     codes, moments = encoded.indices.to_numpy(zero_copy_only=False), instants(rows, contract.time)
-    order = np.lexsort((event_orders(rows.column(EVENT_ID)), moments, codes))
+    order = np.lexsort((event_orders(rows.column(EVENT_ID)), instants(rows, KNOWN_AT), moments, codes))
     asked = np.fromiter((-1 if key is None else code.get(key, -1) for key in keys), np.int64, len(keys))
     edges = np.searchsorted(codes[order], np.arange(len(code) + 1))
     places = asof.latest(edges, moments[order], known[order], asked, times, bounds, layout.NEVER)
@@ -76,11 +76,14 @@ class DimensionState(Projection[list[tuple[str, np.ndarray]]]):
         encoded = rows.column(self.contract.entity).combine_chunks().dictionary_encode()
         made = np.empty((rows.num_rows, self._words), np.int64)
         made[:, _TIME] = instants(rows, self.contract.time)
+        made[:, _KNOWN] = instants(rows, KNOWN_AT)
         made[:, _ORDER] = event_orders(rows.column(EVENT_ID))
         for place, name in enumerate(self.dimension.columns, start=_COLUMNS):
             made[:, place] = numbers(rows.column(name)).view(np.int64)
         codes, names = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
-        return [(name, made[codes == code]) for code, name in enumerate(names)]
+        order = np.argsort(codes, kind="stable")
+        edges = np.searchsorted(codes[order], np.arange(1, len(names)))
+        return list(zip(names, np.split(made[order], edges), strict=True)) if names else []
 
     def apply(self, txn: Transaction | Rebuild, seen: list[tuple[str, np.ndarray]]) -> int:
         """See ``Projection``."""
@@ -120,7 +123,7 @@ class DimensionState(Projection[list[tuple[str, np.ndarray]]]):
         if blob is not None:
             left_out = int(np.frombuffer(blob, np.int64, _HEADER)[_LEFT_OUT_AT])
             rows = np.concatenate([self._rows(blob), rows])
-        rows = rows[np.lexsort((rows[:, _ORDER], rows[:, _TIME]))]
+        rows = rows[np.lexsort((rows[:, _ORDER], rows[:, _KNOWN], rows[:, _TIME]))]
         left_out |= len(rows) > MOST_ROWS
         return np.array([_FORMAT, left_out], np.int64).tobytes() + rows[-MOST_ROWS:].tobytes()
 

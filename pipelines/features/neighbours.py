@@ -149,6 +149,9 @@ class NeighbourState(Projection[Points]):
         self._keep_us = self.find.search.within + self.find.behind_us
         store = open_store(place, use_case.name, f"{view}-near-{near.name}")
         super().__init__(store, use_case.name, use_case.contract)
+        # So that no request waits for the compiler: a made-up place is near no event.
+        point = np.frombuffer(bytes(8 * self.find.words), np.int64).reshape(1, -1)
+        nearest.scan(self.find.search, np.zeros(len(near.asked)), 0, point, self.find.room(), 0)
 
     def prepare(self, rows: pa.Table) -> Points:
         """See ``Projection``."""

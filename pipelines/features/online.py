@@ -85,7 +85,7 @@ def open_state(settings: Settings, use_case: UseCase) -> OnlineState:
 
 
 class OnlineState(Projection[EventColumns]):
-    """The state of one use case's present view; one object per process.
+    """The state of a use case's view, that of the page it is given; one object per process.
 
     ``place`` is a directory, for LMDB, or the URL of a Redis server. Each view fingerprint has a store of its own
     there, so views of several versions live side by side. ``neighbours`` are states of their own, projected with it;

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 
 from cluster.tables import Tables
 from pipelines.contracts.enforce import events_table
-from pipelines.contracts.events import INSTANT, SEQUENCE
+from pipelines.contracts.events import EVENT_ID, INSTANT, KNOWN_AT, SEQUENCE
 from pipelines.features import derived
+from pipelines.features.neighbours import columns_of
 from pipelines.features.offline import fill_dimension, fill_neighbours
 from pipelines.features.online import OnlineState
 from pipelines.features.projection import NO_TABLE, Projection
@@ -217,13 +218,15 @@ class _Snapshots:
         held = pc.max(tables.read(table, version=version, columns=[SEQUENCE]).column(SEQUENCE)).as_py() or 0
         return _Snapshots(source.contract, tables, table, version, max(held, marker))
 
-    def visible(self, base: int, wanted: pc.Expression) -> tuple[pa.Table, np.ndarray]:
+    def visible(
+        self, base: int, wanted: pc.Expression, columns: list[str] | None = None
+    ) -> tuple[pa.Table, np.ndarray]:
         """Rows of the table version ``base`` and the log's after it, with their ranks int64: 0, or the sequence."""
-        newest = self.tables.read(self.table, version=self.version, filter=wanted)
+        newest = self.tables.read(self.table, version=self.version, filter=wanted, columns=columns)
         if base == NO_TABLE:
             rows, before = newest.slice(0, 0), 0
         else:
-            rows = self.tables.read(self.table, version=base, filter=wanted)
+            rows = self.tables.read(self.table, version=base, filter=wanted, columns=columns)
             held = self.tables.read(self.table, version=base, columns=[SEQUENCE]).column(SEQUENCE)
             before = pc.max(held).as_py() or 0
         later = newest.filter(pc.greater(newest.column(SEQUENCE), before))
@@ -271,21 +274,25 @@ def _recompute(
     """
     view, times, entities = plan.view, instants(part, "_time"), part.column("entity").to_pylist()
     of_them = pc.field(plan.contract.entity).isin(part.column("entity").unique())
-    table, ranks = own.visible(states[0].generation(part.column("generation")[0].as_py()), of_them)
+    of_them &= pc.field(plan.contract.time) >= _instant(int(times.min()) - plan.behind_us)
+    named = list(dict.fromkeys([plan.contract.entity, plan.contract.time, *plan.fields, EVENT_ID, KNOWN_AT, SEQUENCE]))
+    table, ranks = own.visible(states[0].generation(part.column("generation")[0].as_py()), of_them, named)
     columns = event_columns(plan, table)
     asked = places(columns, np.array(entities, dtype=object))
     swept = sweep(plan, columns, ranks, Reads(asked, times, part.column("sequence").to_numpy()))
     positions = iter(_matrix(part, "others", 2 * len(view.beside)).astype(np.int64).T)
     bases = iter(states[1:])
 
-    def seen(snapshots: _Snapshots, wanted: pc.Expression) -> tuple[pa.Table, np.ndarray, Reads]:
+    def seen(
+        snapshots: _Snapshots, wanted: pc.Expression, columns: list[str] | None = None
+    ) -> tuple[pa.Table, np.ndarray, Reads]:
         generations, sequences = next(positions), next(positions)
-        table, ranks = snapshots.visible(next(bases).generation(int(generations[0])), wanted)
+        table, ranks = snapshots.visible(next(bases).generation(int(generations[0])), wanted, columns)
         return table, ranks, Reads(asked, times, sequences)
 
     for near in view.neighbours:
-        since = pa.scalar(int(times.min()) - microseconds(near.within), pa.int64()).cast(INSTANT)
-        table, ranks, reads = seen(own, pc.field(plan.contract.time) > since)
+        recent = pc.field(plan.contract.time) > _instant(int(times.min()) - microseconds(near.within))
+        table, ranks, reads = seen(own, recent, columns_of(plan.contract, [near]))
         fill_neighbours(plan, swept, near, table, ranks, inputs, reads)
     for dimension, snapshots in zip(view.dimensions, facts, strict=True):
         keys = entities if dimension.key == plan.contract.entity else inputs[dimension.key]
@@ -293,6 +300,10 @@ def _recompute(
         table, ranks, reads = seen(snapshots, wanted)
         fill_dimension(plan, swept, dimension, table, ranks, keys, reads)
     return swept.values
+
+
+def _instant(at_us: int) -> pa.Scalar:
+    return pa.scalar(at_us, pa.int64()).cast(INSTANT)
 
 
 def _numeric(use_case: UseCase, names: Sequence[str], stored: np.ndarray, part: pa.Table) -> np.ndarray:

@@ -98,7 +98,12 @@ def backfill(
         if not missing:
             break
         job = _Job(use_case, tables, version, pinned)
-        tasks = [task for bucket in missing for task in _slices(use_case, tables, version, bucket, settings.task_rows)]
+        # With neighbours a slice reads the rows of its time in every bucket, so all of them count.
+        total = sum(bucket.rows for bucket in events) if use_case.view.neighbours else 0
+        tasks = []
+        for bucket in missing:
+            most = settings.task_rows * bucket.rows // max(total, bucket.rows, 1)
+            tasks += _slices(use_case, tables, version, bucket, max(most, 1))
         if ray_carries(engine, sum(bucket.rows for bucket in missing), settings):
             files = _with_ray(job, tasks)
         else:

@@ -14,6 +14,8 @@ from cluster.settings import Settings
 from pipelines.features.dimensions import DimensionState
 from pipelines.features.online import NO_TABLE, OnlineState, StateGap, state_path
 from pipelines.features.projection import Projection
+from pipelines.features.state import StateError
+from pipelines.features.stores import StateUnavailable
 from pipelines.features.windows import pages
 from pipelines.spec import EventSource, UseCase
 
@@ -29,8 +31,8 @@ class Fed:
     def project(self, log: Log, needed: str | None = None, stream: str = "events") -> int:
         """Applies the log to every state; the last sequence that all of them have, 0 when there is none to apply it to.
 
-        A state with a gap is left alone and counts for nothing (``gaps``), but that of the view ``needed``: when all
-        others have been written, its gap is raised.
+        A state with a gap, or one that cannot be written, is left alone and counts for nothing (``gaps``), but that of
+        the view ``needed``: when all others have been written, its gap is raised.
         """
         applied = []
         for view, state in self.states.items():
@@ -42,6 +44,12 @@ class Fed:
                     applied.append(state.project(log, stream))
                 except StateGap as error:
                     gap = error
+                except StateUnavailable:
+                    raise  # the server does not answer for any of them
+                except StateError as error:
+                    if view == needed:
+                        raise
+                    gap = StateGap(str(error))
             self._note(view, gap)
         if needed is not None:
             self.check(needed)

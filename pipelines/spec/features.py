@@ -161,7 +161,8 @@ class Dimension(Spec):
 
     Rows come under a contract of their own, whose entity is the key's value and whose time is when the row begins to
     hold; a time ahead, as of a tariff that is announced, needs a ``future`` there. A request sees of the rows of its
-    key that were known by then the latest that holds, however late it became known; a null in it is a missing value.
+    key that were known by then the latest that holds, however late it became known, and of two that hold from one time
+    the one known later; a null in it is a missing value. So a correction is another row, whose key must say so.
     ``columns`` are numbers. ``ttl`` is the age above which a value is STALE (None: never).
     """
 

@@ -185,17 +185,23 @@ class RolloutActor:
         """Has what was served audited now and then; what differs pauses a rollout."""
         parts, pause = self._parts(), threading.Event()
         last_us: int | None = None
+        looked_at_us = 0  # until when somebody has known of what was served, or it was no part of this rollout
         while not pause.wait(_AUDIT_S):
             situation = self._made.situation if self._made is not None else Situation()
-            rule = (situation.policy if situation.state.tried else parts.use_case.release).skew
+            state = situation.state
+            rule = (situation.policy if state.tried else parts.use_case.release).skew
             try:
                 now = parts.clock.now()
-                if rule is None or (last_us is not None and now - last_us < microseconds(rule.every)):
+                if state.tried:
+                    looked_at_us = max(looked_at_us, now if state.paused else situation.evidence.started_us)
+                if rule is None or (last_us is not None and 0 <= now - last_us < microseconds(rule.every)):
                     continue
                 # What an earlier process of this actor left out is within a day; an answer audited twice costs little.
-                lately = timedelta(days=1) if last_us is None else timedelta(microseconds=now - last_us) + _OVERLAP
-                found = audits.audit(self._usecase, rule, lately)
-                if found is not None:
+                since_us = now - DAY_US if last_us is None else last_us - microseconds(_OVERLAP)
+                if state.tried and not state.paused:
+                    since_us = max(since_us, looked_at_us)
+                found = audits.audit(self._usecase, rule, timedelta(microseconds=max(now - since_us, 1)))
+                if found is not None and not state.paused:
                     self._controller.take_skew(found)
                 parts.alerts.resolve(AUDIT_ALERT, self._usecase, "what is served is audited again")
                 last_us = now
@@ -204,6 +210,7 @@ class RolloutActor:
             except (*_OUTSIDE, audits.AuditFailed) as error:
                 logger.warning("what %s served could not be audited: %s", self._usecase, error)
                 _open(parts.alerts, AUDIT_ALERT, self._usecase, error)
+                pause.wait(_AUDIT_S * 9)
 
 
 @dataclass(frozen=True)

@@ -111,11 +111,11 @@ def table(facts: list[Fact], sequences: list[int] | None = None) -> pa.Table:
 def expected(facts: list[Fact], request: Asked) -> tuple[np.ndarray, int | None]:
     """The columns that a request sees, NaN for none, and since when they hold."""
     held = [
-        (fact.time, int(event_order([event_id(PROFILE.contract, fact.record)])[0]), fact.record)
+        (fact.time, fact.known_at, int(event_order([event_id(PROFILE.contract, fact.record)])[0]), fact.record)
         for fact in facts[: request.cut]
         if fact.record["who"] == request.key and fact.time <= request.now
     ]
     if not held:
         return np.full(3, np.nan), None
-    since, _, record = max(held, key=lambda entry: entry[:2])
+    since, _, _, record = max(held, key=lambda entry: entry[:3])
     return np.array([np.nan if record[c] is None else float(record[c]) for c in PROFILE.columns]), since

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from pydantic import ValidationError
 
+from pipelines.contracts.events import from_microseconds
 from pipelines.features.dimensions import look_up
 from pipelines.features.kernels import layout
 from pipelines.features.windows import view_fingerprint
 from pipelines.spec import Dimension, UseCase
 from tests.data.profiles import DAY, KIND, PROFILE, Asked, Fact, expected, made_case, table, worlds
-from tests.data.worlds import same_bits
+from tests.data.worlds import BASE, same_bits
 
 CASE = made_case()
 
@@ -62,3 +63,13 @@ def test_a_page_whose_dimension_does_not_fit_is_refused(key: str, message: str) 
     view = CASE.view.model_copy(update={"dimensions": (odd, KIND), "inputs": ("sort", "level")})
     with pytest.raises(ValidationError, match=message):
         UseCase(**{**parts, "view": view})
+
+
+def test_of_two_rows_that_hold_from_one_time_the_one_known_later_is_the_correction() -> None:
+    at = from_microseconds(BASE)
+    told = [{"revision": f"r{i}", "who": "a", "since": at, "people": i, "pipes": None, "open": None} for i in range(9)]
+    for order in (range(9), range(8, -1, -1)):
+        rows = table([Fact(told[i], BASE + place) for place, i in enumerate(order)])
+        now = np.array([BASE + 100] * 2)
+        found = look_up(PROFILE, rows, np.arange(1, 10), ["a", "a"], now, np.array([9, 4]))
+        assert found.values[0].tolist() == [float(order[8]), float(order[3])]

@@ -150,6 +150,7 @@ def test_the_job_trains_registers_and_requests_a_release_once_its_gates_passed(
         "events_version": report.snapshot.events_version,
         "training_version": report.snapshot.training_version,
         "view": report.snapshot.view,
+        "dimensions": {},
     }
     assert artifact.calibration is not None
     assert set(artifact.calibration.by_entity) == {"dma_1", "dma_2"}
