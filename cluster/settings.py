@@ -43,7 +43,7 @@ class Settings(BaseModel):
     """Where Tidegate keeps things and how it runs. Fields not given follow from ``home``.
 
     ``buckets`` is the number of partitions an events table is made with. Above ``ray_rows`` rows Ray
-    Data carries a job, below it plain Arrow does; one task of a backfill takes about ``task_rows``.
+    carries a job, below it plain Arrow does; one task of a backfill or a join takes about ``task_rows``.
     Event ids are remembered for ``remember_seconds``.
     The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once;
     a stream of it that holds ``log_rows`` is refused more until it is drained.
