@@ -1,4 +1,5 @@
-"""What runs on this machine, read from /proc: who listens on a port, and which processes belong to one session.
+"""What runs on this machine, read from /proc: who listens on a port, which processes belong to one session; and the
+environment of those that are started.
 
 A process is known to be ours by a marker in the environment that it inherited, never by its name, so ending a
 session can end nothing else.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +27,14 @@ class Listener:
     port: int
     pid: int | None
     command: str
+
+
+def python_environment() -> dict[str, str]:
+    """The environment of a Python process that is to find the code that this one has.
+
+    A worker may have found it by its ``sys.path`` alone (an unpacked working directory).
+    """
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def listener(port: int) -> Listener | None:

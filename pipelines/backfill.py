@@ -59,9 +59,9 @@ def materialize(
 
     The present view comes first, the kept ones after it, their dimensions last; newer state stays.
     No load and no drain commits meanwhile. In LMDB, no other state or log of the use case may be open in this
-    process; other processes go on reading the old state until the new one is whole. Two buckets at a time are held
-    in memory. First the log learns the ids of all rows that could still reach state, so an event that came with a
-    load is not taken again over HTTP.
+    process; other processes go on reading the old state until the new one is whole. Every state, also that of
+    neighbours, reads its table once, two buckets at a time. First the log learns the ids of all rows that could still
+    reach state, so an event that came with a load is not taken again over HTTP.
     """
     views = open_views(settings, use_case)
     try:

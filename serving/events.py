@@ -136,8 +136,8 @@ class EventIntake:
 class Drain:
     """Moves the log to the tables in the background, whenever nobody else of the node or cluster does.
 
-    State is brought up to the log first, and no event leaves the log before state has it: ``project`` returns the
-    sequence that all state has which the log feeds.
+    State is brought up to the log first, and no event leaves the log before state has it, nor an answer before the
+    events that it was made from: ``project`` returns the sequence that all state has which the log feeds.
     """
 
     def __init__(
@@ -153,9 +153,14 @@ class Drain:
     ) -> None:
         self.failure: BaseException | None = None
 
+        def stop_at() -> dict[str, int]:
+            # In this order: what answers through ``answered`` read is in the events that leave the log before them.
+            answered = log.last(PREDICTIONS)
+            return {EVENTS: project(), PREDICTIONS: answered}
+
         def turn() -> None:
             project()  # also where another gateway has the lease: this process sees whose state is in step
-            done = drain_once(source, log, tables, database, settings, holder, stop_at=lambda: {EVENTS: project()})
+            done = drain_once(source, log, tables, database, settings, holder, stop_at=stop_at)
             if done is not None and self.failure is not None:
                 alerts.resolve(ALERT, source.name, "the log reaches its tables again")
                 self.failure = None

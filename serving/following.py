@@ -42,6 +42,7 @@ _WITHOUT_CONTROLLER_S = 0.5
 _LEASE_S, _RENEW_S = 15.0, 4.0
 _CALL_S = 10.0
 _ASKER_READY_S = 3.0
+_DESCRIBED_S = 0.2
 _LOAD_TRIES = 3
 _AFTER_REFUSAL_S = 5.0
 
@@ -91,6 +92,7 @@ class Follower:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._asker: Asker | None = None
         self._described: DescribedVersion | None = None
+        self._describing: tuple[str, Future[DescribedVersion]] | None = None
         self._leaving: list[tuple[float, Asker]] = []
         self._actor: Any = None
         self._renewed = -_RENEW_S
@@ -235,14 +237,24 @@ class Follower:
             return self._described
         if version in self._refused and self._refused[version].again_s > time.monotonic():
             return None
+        if self._describing is None or self._describing[0] != version:
+            self._describing = version, self._loader.submit(self._make_ready, version)
         try:
-            described = describe_version(self._use_case, version, self._settings)
-            self._warm(described)
+            # Not for long: this thread renews the lease and applies tables, and a registry may hang.
+            self._described = self._describing[1].result(_DESCRIBED_S)
+        except TimeoutError:
+            return None
         except VersionRefused as error:
+            self._describing = None
             self._refuse(version, error)
             return None
+        self._describing = None
         self._refused.pop(version, None)
-        self._described = described
+        return self._described
+
+    def _make_ready(self, version: str) -> DescribedVersion:
+        described = describe_version(self._use_case, version, self._settings)
+        self._warm(described)
         return described
 
     def _wants_trial(self) -> bool:

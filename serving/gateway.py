@@ -149,31 +149,33 @@ class Gateway:
         counted = given is None or trial.first_seen(given)
         weight = trial.weight
         assigned = trial.assign(key, len(prepared.records), weight)
-        copied = not assigned.any() and trial.copies(key)
-        tried = await self._rows_of(trial, prepared) if copied or assigned.any() else None
-        asked = Asked(key, counted, prepared, tried, prediction, took)
+        asked = Asked(key, counted, prepared, partial(self._rows_of, trial, prepared), prediction, took)
         if assigned.any():
             chosen = await trial.choose(asked, assigned, weight)
             version = trial.challenger.version
-            answered = self.predictor.compose(prepared, chosen.prediction, champion, chosen.taken, version, tried)
+            answered = self.predictor.compose(
+                prepared, chosen.prediction, champion, chosen.taken, version, chosen.tried
+            )
             self.intake.predictions(answered.records(chosen.other))
             return answered
         if weight > 0:
             trial.count_champion(asked, weight)
         answered = self.predictor.compose(prepared, prediction, champion)
-        if copied:
+        if trial.copies(key):
             trial.copy(asked, partial(self._log_copied, answered))
         else:
             self.intake.predictions(answered.records())
         return answered
 
-    async def _rows_of(self, trial: Trial, prepared: Prepared) -> Prepared | None:
-        """The instances by the challenger's view; None when its state gives none: the champion has answered anyway."""
+    async def _rows_of(self, trial: Trial, prepared: Prepared) -> Prepared:
+        """The instances by the challenger's view; raises what ``Predictor.prepare`` does.
+
+        Another view is read in a thread, however few the instances are: others are answered meanwhile, and the trial's
+        deadline can pass.
+        """
         make = partial(self.predictor.challenger, prepared, trial.described)
-        try:
-            return make() if len(prepared.records) <= _INLINE_INSTANCES else await asyncio.to_thread(make)
-        except Exception:  # noqa: BLE001 — whatever it raises is a challenger's failure, and counted as one
-            return None
+        same = trial.described.artifact.view == prepared.view
+        return make() if same else await asyncio.to_thread(make)
 
     def _log_copied(self, answered: Answered, other: Other) -> None:
         self.intake.predictions(answered.records(other))

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -130,14 +130,13 @@ class Asked:
     """A request of n instances that the champion has answered, in ``champion_s`` seconds inside its runner.
 
     ``key`` places it in the split. ``counted`` is False for a request that must not be evidence (a repetition).
-    ``tried`` are the instances as the challenger is to have them, by the view of its own; None where they were not
-    needed or could not be made, which is the challenger's failure.
+    ``tried`` makes the instances as the challenger is to have them, by the view of its own.
     """
 
     key: str
     counted: bool
     prepared: Prepared
-    tried: Prepared | None
+    tried: Callable[[], Awaitable[Prepared]]
     champion: Prediction
     champion_s: float
 
@@ -149,18 +148,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The answers of a request: ``taken`` bool [n] are the challenger's; ``other`` is what the champion said there."""
+    """The answers of a request: ``taken`` bool [n] are the challenger's, made of ``tried``; ``other`` is what the
+    champion said there.
+    """
 
     prediction: Prediction
     taken: np.ndarray
     other: Other
+    tried: Prepared | None
 
 
 @dataclass(frozen=True)
 class _Got:
-    """What a challenger gave, None when it failed; ``late`` when it gave nothing in time."""
+    """What a challenger gave, None when it failed, and of what; ``late`` when it gave nothing in time."""
 
     reply: Reply | None
+    tried: Prepared | None = None
     late: bool = False
 
 
@@ -212,10 +215,10 @@ class Trial:
         In a batch the champion's time is that of all instances and the challenger's that of its own, which can only be
         to its advantage.
         """
-        prepared, tried, champion = asked.prepared, asked.tried, asked.champion
+        prepared, champion = asked.prepared, asked.champion
         challenger, rows = self.challenger, np.flatnonzero(assigned)
-        got = await self._within_deadline(None if tried is None else tried.take(rows))
-        reply = got.reply
+        got = await self._within_deadline(asked, lambda tried: tried.take(rows))
+        reply, tried = got.reply, got.tried
         taken = np.zeros(len(assigned), dtype=bool)
         if reply is not None and tried is not None:
             # What the champion's ladder refuses is refused for every version, and the challenger's own one for itself.
@@ -234,7 +237,7 @@ class Trial:
                 self._judge(counts, weight, first, failed, took)
 
         self._tally.add(challenger.rollout, change)
-        return _merge(champion, reply, rows, taken, self._champion)
+        return _merge(champion, got, rows, taken, self._champion)
 
     def count_champion(self, asked: Asked, weight: float) -> None:
         """Counts a request that the split left to the champion, at that ``weight``."""
@@ -264,9 +267,9 @@ class Trial:
         task.add_done_callback(self._copies.discard)
 
     async def _copied(self, asked: Asked, done: Callable[[Other], None]) -> None:
-        challenger, prepared, tried = self.challenger, asked.prepared, asked.tried
-        got = await self._within_deadline(None if tried is None else tried.all())
-        reply = got.reply
+        challenger, prepared = self.challenger, asked.prepared
+        got = await self._within_deadline(asked, Prepared.all)
+        reply, tried = got.reply, got.tried
         nothing = np.full(len(prepared.usable), np.nan)
         valid = np.zeros(len(nothing), dtype=bool)
         if reply is not None and tried is not None:
@@ -314,17 +317,23 @@ class Trial:
             self._keys.popitem(last=False)
         return True
 
-    async def _within_deadline(self, rows: Rows | None) -> _Got:
-        """The challenger's reply to ``rows``, if there is one in time that has the form of one.
+    async def _within_deadline(self, asked: Asked, of: Callable[[Prepared], Rows]) -> _Got:
+        """The challenger's reply to the rows ``of`` what it is to have, if one comes in time and in form.
+
+        The deadline is for making these too: a view of its own may be slow, or its state away.
 
         A late one is harm, but no evidence of errors: the way to a process of its own and a busy machine would be held
         against a version that is as good as the champion, which has no such way.
         """
-        if rows is None:
-            return _Got(None)
+
+        async def work() -> tuple[Prepared, Rows, Reply]:
+            tried = await asked.tried()
+            rows = of(tried)
+            return tried, rows, await self._ask(rows)
+
         deadline_s = self.challenger.deadline_ms / 1e3
         try:
-            found = await asyncio.wait_for(self._ask(rows), deadline_s)
+            tried, rows, found = await asyncio.wait_for(work(), deadline_s)
             value, lower, upper = (
                 np.asarray(answer, dtype=np.float64) for answer in (found.value, found.lower, found.upper)
             )
@@ -337,7 +346,7 @@ class Trial:
             return _Got(None, late=True)
         except Exception:  # noqa: BLE001 — whatever a challenger raises or answers is its failure, and counted as one
             return _Got(None)
-        return _Got(reply if value.shape == lower.shape == upper.shape == (rows.count,) else None)
+        return _Got(reply if value.shape == lower.shape == upper.shape == (rows.count,) else None, tried)
 
     def _valid(self, found: Prediction) -> np.ndarray:
         """bool [n]: answers that the output's contract allows, inside an interval with two ends."""
@@ -348,12 +357,12 @@ class Trial:
         return allowed
 
 
-def _merge(champion: Prediction, reply: Reply | None, rows: np.ndarray, taken: np.ndarray, version: str) -> Chosen:
+def _merge(champion: Prediction, got: _Got, rows: np.ndarray, taken: np.ndarray, version: str) -> Chosen:
     said = (champion.value, champion.lower, champion.upper)
     answers = [series.copy() for series in said]
-    if reply is not None:
+    if (reply := got.reply) is not None:
         good = taken[rows]
         for into, given in zip(answers, (reply.value, reply.lower, reply.upper), strict=True):
             into[rows[good]] = given[good]
     value, lower, upper = (np.where(taken, series, np.nan) for series in said)
-    return Chosen(Prediction(*answers), taken, Other(value, lower, upper, version))
+    return Chosen(Prediction(*answers), taken, Other(value, lower, upper, version), got.tried)

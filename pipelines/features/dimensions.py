@@ -16,16 +16,15 @@ import pyarrow as pa
 from pipelines.contracts.events import EVENT_ID, KNOWN_AT
 from pipelines.features.found import NEVER_STALE, Found
 from pipelines.features.kernels import asof, layout
-from pipelines.features.projection import Projection, unpack
+from pipelines.features.projection import unpack
+from pipelines.features.rows_state import RowsState, by_key
 from pipelines.features.state import StateError
-from pipelines.features.stores import Rebuild, Transaction, open_store
+from pipelines.features.stores import open_store
 from pipelines.features.windows import event_orders, instants, numbers
 from pipelines.spec import Dimension, UseCase
 from pipelines.spec.base import microseconds
 
 MOST_ROWS = 1_000  # of a key that state keeps, the latest of all
-_FORMAT = 1
-_FORMAT_AT, _LEFT_OUT_AT, _HEADER = 0, 1, 2  # words of a key before its rows
 _TIME, _KNOWN, _ORDER, _COLUMNS = 0, 1, 2, 3  # words of a row
 
 
@@ -57,10 +56,10 @@ def look_up(
     return Found(values, np.append(moments, layout.EMPTY)[found])
 
 
-class DimensionState(Projection[list[tuple[str, np.ndarray]]]):
+class DimensionState(RowsState):
     """The rows of one use case's dimension by key, below a directory or in a Redis server as entity state is.
 
-    Of a key the ``MOST_ROWS`` latest are kept.
+    Of a key the ``MOST_ROWS`` latest are kept; its note is 1 when there were more.
     """
 
     def __init__(self, place: Path | str, use_case: UseCase, dimension: Dimension, view: str) -> None:
@@ -68,30 +67,23 @@ class DimensionState(Projection[list[tuple[str, np.ndarray]]]):
         self.dimension = dimension
         self.source = use_case.source(dimension)
         store = open_store(place, use_case.name, f"{view}-dimension-{dimension.name}")
-        super().__init__(store, use_case.name, dimension.contract)
-        self._words = _COLUMNS + len(dimension.columns)
+        super().__init__(store, use_case.name, dimension.contract, _COLUMNS + len(dimension.columns), 0)
 
     def prepare(self, rows: pa.Table) -> list[tuple[str, np.ndarray]]:
         """See ``Projection``: every key with its rows; a row counts however late it became known."""
         encoded = rows.column(self.contract.entity).combine_chunks().dictionary_encode()
-        made = np.empty((rows.num_rows, self._words), np.int64)
+        made = np.empty((rows.num_rows, _COLUMNS + len(self.dimension.columns)), np.int64)
         made[:, _TIME] = instants(rows, self.contract.time)
         made[:, _KNOWN] = instants(rows, KNOWN_AT)
         made[:, _ORDER] = event_orders(rows.column(EVENT_ID))
         for place, name in enumerate(self.dimension.columns, start=_COLUMNS):
             made[:, place] = numbers(rows.column(name)).view(np.int64)
-        codes, names = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
-        order = np.argsort(codes, kind="stable")
-        edges = np.searchsorted(codes[order], np.arange(1, len(names)))
-        return list(zip(names, np.split(made[order], edges), strict=True)) if names else []
+        return by_key(encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False), made)
 
-    def apply(self, txn: Transaction | Rebuild, seen: list[tuple[str, np.ndarray]]) -> int:
-        """See ``Projection``."""
-        names = [name for name, _ in seen]
-        joined = [self._joined(blob, rows) for blob, (_, rows) in zip(txn.get(names), seen, strict=True)]
-        for name, blob in zip(names, joined, strict=True):
-            txn.put(name, blob)
-        return 0
+    def kept(self, note: int, rows: np.ndarray) -> tuple[int, np.ndarray]:
+        """See ``RowsState``."""
+        rows = rows[np.lexsort((rows[:, _ORDER], rows[:, _KNOWN], rows[:, _TIME]))]
+        return note or int(len(rows) > MOST_ROWS), rows[-MOST_ROWS:]
 
     def read(self, keys: Sequence[str | None], now_us: int) -> tuple[Found, tuple[int, int]]:
         """What holds for ``keys`` [n] at ``now_us``, and the (generation, sequence) it was found in.
@@ -107,31 +99,13 @@ class DimensionState(Projection[list[tuple[str, np.ndarray]]]):
             for place, blob in zip(asked, snapshot.blobs, strict=True):
                 if blob is None:
                     continue
-                words = self._rows(blob)
+                left_out, words = self.opened(blob)
                 row = int(np.searchsorted(words[:, _TIME], now_us, side="right")) - 1
                 if row >= 0:
                     newest[place], values[:, place] = words[row, _TIME], words[row, _COLUMNS:].view(np.float64)
-                elif np.frombuffer(blob, np.int64, _HEADER)[_LEFT_OUT_AT]:
+                elif left_out:
                     raise StateError(
                         f"{keys[place]!r} has more than {MOST_ROWS} rows after {now_us} us in dimension "
                         f"{self.source.name!r}, and earlier ones are not kept: check the clocks of this node"
                     )
         return Found(values, newest), (head.generation, head.applied)
-
-    def _joined(self, blob: bytes | memoryview | None, rows: np.ndarray) -> bytes:
-        left_out = 0
-        if blob is not None:
-            left_out = int(np.frombuffer(blob, np.int64, _HEADER)[_LEFT_OUT_AT])
-            rows = np.concatenate([self._rows(blob), rows])
-        rows = rows[np.lexsort((rows[:, _ORDER], rows[:, _KNOWN], rows[:, _TIME]))]
-        left_out |= len(rows) > MOST_ROWS
-        return np.array([_FORMAT, left_out], np.int64).tobytes() + rows[-MOST_ROWS:].tobytes()
-
-    def _rows(self, blob: bytes | memoryview) -> np.ndarray:
-        words = np.frombuffer(blob, np.int64)
-        if len(words) < _HEADER or words[_FORMAT_AT] != _FORMAT or (len(words) - _HEADER) % self._words:
-            raise StateError(
-                f"a key in {self.store.where} has another format than dimension {self.source.name!r} reads: rebuild it "
-                f"with `python -m pipelines.backfill {self._page} --materialize`"
-            )
-        return words[_HEADER:].reshape(-1, self._words)

@@ -17,16 +17,15 @@ import pyarrow as pa
 
 from pipelines.contracts.events import EVENT_ID, KNOWN_AT, SEQUENCE
 from pipelines.features.found import Found
-from pipelines.features.kernels import moments, nearest
-from pipelines.features.projection import Projection, unpack
+from pipelines.features.kernels import layout, moments, nearest
+from pipelines.features.projection import unpack
+from pipelines.features.rows_state import RowsState, by_key
 from pipelines.features.state import StateError
-from pipelines.features.stores import Rebuild, Transaction, open_store
+from pipelines.features.stores import open_store
 from pipelines.features.windows import READ_BEHIND, event_orders, instants, number_of, numbers
 from pipelines.spec import Contract, Fold, Neighbours, UseCase
 from pipelines.spec.base import microseconds
 
-_FORMAT = 1
-_FORMAT_AT, _NEWEST_AT, _HEADER = 0, 1, 2  # words of a cell before its points
 _CODES = {
     Fold.SUM: moments.C_SUM,
     Fold.MEAN: moments.C_MEAN,
@@ -136,11 +135,11 @@ def search_past(
     return Found(values, newest)
 
 
-class NeighbourState(Projection[Points]):
+class NeighbourState(RowsState):
     """The points of one use case's neighbours by cell, below a directory or in a Redis server as entity state is.
 
-    A cell keeps ``within`` and ``behind_us`` behind its newest event; each change writes a cell anew, so cells are for
-    events as frequent as sales and not as readings.
+    A cell keeps ``within`` and ``behind_us`` behind its newest event, whose time is its note; each change writes a cell
+    anew, so cells are for events as frequent as sales and not as readings.
     """
 
     def __init__(self, place: Path | str, use_case: UseCase, near: Neighbours, view: str) -> None:
@@ -148,25 +147,22 @@ class NeighbourState(Projection[Points]):
         self.find = searcher(near, use_case.contract)
         self._keep_us = self.find.search.within + self.find.behind_us
         store = open_store(place, use_case.name, f"{view}-near-{near.name}")
-        super().__init__(store, use_case.name, use_case.contract)
+        super().__init__(store, use_case.name, use_case.contract, self.find.words, layout.EMPTY)
         # So that no request waits for the compiler: a made-up place is near no event.
         point = np.frombuffer(bytes(8 * self.find.words), np.int64).reshape(1, -1)
         nearest.scan(self.find.search, np.zeros(len(near.asked)), 0, point, self.find.room(), 0)
 
-    def prepare(self, rows: pa.Table) -> Points:
-        """See ``Projection``."""
-        return points_of(self.find, self.contract, rows)
+    def prepare(self, rows: pa.Table) -> list[tuple[str, np.ndarray]]:
+        """See ``Projection``: every cell with its points."""
+        found = points_of(self.find, self.contract, rows)
+        cells, codes = np.unique(found.cells, return_inverse=True)
+        return by_key([str(number) for number in cells.tolist()], codes, found.points)
 
-    def apply(self, txn: Transaction | Rebuild, found: Points) -> int:
-        """See ``Projection``; every event that is within the contract's lateness can be placed."""
-        order = np.argsort(found.cells, kind="stable")
-        named, edges = np.unique(found.cells[order], return_index=True)
-        names = [str(number) for number in named.tolist()]
-        parts = np.split(found.points[order], edges[1:])
-        made = [self._joined(blob, part) for blob, part in zip(txn.get(names), parts, strict=False)]
-        for name, blob in zip(names, made, strict=True):
-            txn.put(name, blob)
-        return 0
+    def kept(self, note: int, rows: np.ndarray) -> tuple[int, np.ndarray]:
+        """See ``RowsState``."""
+        times = rows[:, nearest.TIME]
+        newest = max(note, int(times.max()))
+        return newest, rows[times > newest - self._keep_us]
 
     def read(self, inputs: Mapping[str, Sequence[Any] | np.ndarray], now_us: int) -> tuple[Found, tuple[int, int]]:
         """What is found for requests with ``inputs`` at ``now_us``, and the (generation, sequence) it was found in.
@@ -190,31 +186,16 @@ class NeighbourState(Projection[Points]):
                 for _ in names:
                     blob = next(blobs)
                     if blob is not None:
-                        points = self._points(blob, now_us)
+                        points = self._seen_at(now_us, *self.opened(blob))
                         count = nearest.scan(find.search, asked[row], now_us, points, chosen, count)
                 newest[row] = nearest.finish(chosen, count, find.codes, line)
                 values[:, row] = line
         return Found(values, newest), (head.generation, head.applied)
 
-    def _joined(self, blob: bytes | memoryview | None, points: np.ndarray) -> bytes:
-        held = np.empty((0, self.find.words), np.int64) if blob is None else self._points(blob, None)
-        both = np.concatenate([held, points])
-        newest = int(both[:, nearest.TIME].max())
-        if blob is not None:  # its newest event
-            newest = max(newest, int(np.frombuffer(blob, np.int64, _HEADER)[_NEWEST_AT]))
-        kept = both[both[:, nearest.TIME] > newest - self._keep_us]
-        return np.array([_FORMAT, newest], np.int64).tobytes() + kept.tobytes()
-
-    def _points(self, blob: bytes | memoryview, now_us: int | None) -> np.ndarray:
-        words = np.frombuffer(blob, np.int64)
-        if len(words) < _HEADER or words[_FORMAT_AT] != _FORMAT or (len(words) - _HEADER) % self.find.words:
+    def _seen_at(self, now_us: int, newest: int, points: np.ndarray) -> np.ndarray:
+        if now_us < newest - self.find.behind_us:
             raise StateError(
-                f"a cell in {self.store.where} has another format than neighbours {self.find.near.name!r} read: "
-                f"rebuild it with `python -m pipelines.backfill {self._page} --materialize`"
-            )
-        if now_us is not None and now_us < words[_NEWEST_AT] - self.find.behind_us:
-            raise StateError(
-                f"neighbours were asked for at {now_us} us, but an event at {words[_NEWEST_AT]} us is known, and only "
+                f"neighbours were asked for at {now_us} us, but an event at {newest} us is known, and only "
                 f"{self.find.behind_us / 1e6:g} s behind it are kept; check the clocks of this node"
             )
-        return words[_HEADER:].reshape(-1, self.find.words)
+        return points

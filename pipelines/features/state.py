@@ -95,7 +95,7 @@ def read_into(
     plan: Plan, state: np.ndarray, now_us: int, values: np.ndarray, status: np.ndarray, age: np.ndarray, row: int
 ) -> None:
     """The stored features at ``now_us`` into a row of what ``vectors`` gave; ``StateError`` when too far back."""
-    if not reads.read(state, plan.program, plan.others, now_us, values, status, age, row):
+    if not reads.read(state, plan.program, plan.mixed, now_us, values, status, age, row):
         raise StateError(
             f"features were asked for at {now_us} us, but the state has seen an event at "
             f"{state[layout.NEWEST]} us and "

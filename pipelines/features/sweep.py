@@ -84,7 +84,7 @@ def sweep(plan: Plan, columns: EventColumns, known: np.ndarray, reads: Reads, *,
     status = np.frombuffer(pa.allocate_buffer(shape[0] * shape[1]), np.uint8).reshape(shape[::-1])
     age = np.empty(shape) if ages else None
     rolling.roll(
-        plan.program, plan.others, columns.times, np.ascontiguousarray(columns.values.T), known,
+        plan.program, plan.mixed, columns.times, np.ascontiguousarray(columns.values.T), known,
         np.searchsorted(columns.entities, numbers), moments, bounds, np.searchsorted(asked, numbers),
         values, status, age,
     )  # fmt: skip

@@ -88,10 +88,22 @@ class Plan:
 
     @cached_property
     def others(self) -> bool | None:
-        """What kernels take to know whether there are families beyond LATEST and MOMENTS: None for no."""
+        """What kernels that write state take to know whether it has families beyond LATEST and MOMENTS: None for no."""
+        return None if set(self._families.tolist()) <= {families.LATEST, families.MOMENTS} else True
+
+    @cached_property
+    def mixed(self) -> bool | None:
+        """What kernels that read take to know whether windows have families beyond MOMENTS: None for no."""
+        begin = layout.P_HEADER + int(self.program[layout.P_SERIES]) * layout.S_ROW
+        rows = self.program[begin:][: int(self.program[layout.P_WINDOWS]) * layout.W_ROW]
+        read = self._families[rows[layout.W_SERIES :: layout.W_ROW]]
+        return None if set(read.tolist()) <= {families.MOMENTS} else True
+
+    @property
+    def _families(self) -> np.ndarray:
+        """The family of every series."""
         rows = self.program[layout.P_HEADER :][: int(self.program[layout.P_SERIES]) * layout.S_ROW]
-        held = set(rows[layout.S_FAMILY :: layout.S_ROW].tolist())
-        return None if held <= {families.LATEST, families.MOMENTS} else True
+        return rows[layout.S_FAMILY :: layout.S_ROW]
 
     @cached_property
     def empty_state(self) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplemented_
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cluster.processes import python_environment
 from pipelines.training.normals import NORMALS, Normals, NormalsError, read_normals
 
 if TYPE_CHECKING:
@@ -337,10 +337,10 @@ def verify(directory: Path | str) -> Artifact:
 def verify_apart(directory: Path | str, timeout_s: float = 60.0) -> Artifact:
     """``verify`` in a process of its own: a graph that crashes or hangs the runtime takes nobody with it."""
     command = [sys.executable, "-m", __name__, str(directory)]
-    # A worker may have found this code by its sys.path alone (an unpacked working directory).
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, env=python_environment()
+        )
     except subprocess.TimeoutExpired as error:
         raise ArtifactError(f"{directory} did not load within {timeout_s:g} s") from error
     if done.returncode:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import ray
@@ -48,8 +47,7 @@ ALERT, REGISTRY_ALERT, AUDIT_ALERT = "rollout_failing", "registry_failing", "aud
 _TURN_S = 0.05
 _LABELS_S = 1.0
 _AUDIT_S = 60.0  # at least so long between audits, also when a replay clock hurries
-_OVERLAP = timedelta(minutes=5)  # within which an answer has reached its table
-_AFTER_FAILURE_S = 1.0
+_AFTER_FAILURE_S, _AFTER_AUDIT_FAILURE_S = 1.0, 600.0
 _RESTART_S = 30.0
 # What the parts around the controller may fail with for a while.
 _OUTSIDE = (SQLAlchemyError, RayError, RayServeException, OSError)
@@ -183,34 +181,28 @@ class RolloutActor:
 
     def _audit(self) -> None:
         """Has what was served audited now and then; what differs pauses a rollout."""
-        parts, pause = self._parts(), threading.Event()
-        last_us: int | None = None
-        looked_at_us = 0  # until when somebody has known of what was served, or it was no part of this rollout
+        parts, pause, schedule = self._parts(), threading.Event(), audits.Schedule()
         while not pause.wait(_AUDIT_S):
             situation = self._made.situation if self._made is not None else Situation()
             state = situation.state
             rule = (situation.policy if state.tried else parts.use_case.release).skew
+            began_us = situation.evidence.started_us if state.tried else None
             try:
                 now = parts.clock.now()
-                if state.tried:
-                    looked_at_us = max(looked_at_us, now if state.paused else situation.evidence.started_us)
-                if rule is None or (last_us is not None and 0 <= now - last_us < microseconds(rule.every)):
+                lately = schedule.span(now, rule, began_us, paused=state.paused)
+                if rule is None or lately is None:
                     continue
-                # What an earlier process of this actor left out is within a day; an answer audited twice costs little.
-                since_us = now - DAY_US if last_us is None else last_us - microseconds(_OVERLAP)
-                if state.tried and not state.paused:
-                    since_us = max(since_us, looked_at_us)
-                found = audits.audit(self._usecase, rule, timedelta(microseconds=max(now - since_us, 1)))
+                found = audits.audit(self._usecase, rule, lately)
                 if found is not None and not state.paused:
                     self._controller.take_skew(found)
                 parts.alerts.resolve(AUDIT_ALERT, self._usecase, "what is served is audited again")
-                last_us = now
+                schedule.done(now)
             except (StaleEpoch, StaleJournal, ControllerStarting):
                 continue  # the next audit finds the same
             except (*_OUTSIDE, audits.AuditFailed) as error:
                 logger.warning("what %s served could not be audited: %s", self._usecase, error)
                 _open(parts.alerts, AUDIT_ALERT, self._usecase, error)
-                pause.wait(_AUDIT_S * 9)
+                pause.wait(_AFTER_AUDIT_FAILURE_S)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Surroundings:
     loaded: threading.Event = field(default_factory=threading.Event)
     warmed: threading.Event = field(default_factory=threading.Event)
     answering: threading.Event = field(default_factory=threading.Event)
+    hanging: threading.Event = field(default_factory=threading.Event)
     database: Database | None = None
 
     # The controller's handle is ``handle.exchange.remote``.
@@ -78,6 +79,8 @@ class Surroundings:
         return found
 
     def describe(self, use_case: Any, version: str, settings: Any) -> DescribedVersion:
+        while self.hanging.is_set():
+            time.sleep(0.002)
         if self.broken:
             raise VersionRefused("the state of its view is not built")
         nothing: Any = None
@@ -141,6 +144,7 @@ def follower(around) -> Iterator[Follower]:
     yield made
     around.loaded.set()
     around.warmed.set()
+    around.hanging.clear()
     made.close()
     assert not made.alive()
 
@@ -231,6 +235,19 @@ def test_a_challenger_whose_rows_cannot_be_made_is_not_tried_until_they_can_and_
     until(lambda: follower.serving.trial is not None)
     assert follower.serving.trial.described.version == "2"
     assert follower.refused() == {}
+
+
+def test_a_registry_that_hangs_over_a_challenger_keeps_no_table_and_no_report_back(around, follower):
+    around.hanging.set()
+    around.answering.set()
+    around.tables.put(table(6, challenger=CHALLENGER))
+    until(lambda: follower.serving.table.epoch == 6)
+    around.after(5)
+    around.tables.put(table(7, challenger=CHALLENGER, previous="1"))
+    until(lambda: follower.serving.table.epoch == 7)
+    assert (follower.serving.trial, follower.refused()) == (None, {})
+    around.hanging.clear()
+    until(lambda: follower.serving.trial is not None)
 
 
 def test_without_the_controller_newer_tables_come_from_the_database(around, follower):

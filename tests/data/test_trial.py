@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.features.state import StateError
 from pipelines.training.artifact import Prediction
 from serving.answers import Other, Prepared
 from serving.challenger import Reply
@@ -117,9 +118,16 @@ def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
     return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1", nothing), tally
 
 
-def asked(count: int, **changes: Any) -> Asked:
+def asked(count: int, tried: Any = None, **changes: Any) -> Asked:
+    """``tried`` are the challenger's rows, an error that making them raises, or what makes them."""
+
+    async def make() -> Prepared:
+        if isinstance(tried, Exception):
+            raise tried
+        return prepared(count) if tried is None else tried
+
     given = {"key": "k", "counted": True, "champion": champion(count), "champion_s": 0.0001, **changes}
-    return Asked(**{"prepared": prepared(count), "tried": prepared(count), **given})
+    return Asked(**{"prepared": prepared(count), "tried": tried if callable(tried) else make, **given})
 
 
 # A key whose first instance is the challenger's at half of the traffic.
@@ -167,10 +175,12 @@ def test_a_batch_is_split_by_instance_and_put_together_in_order():
     assert (report.served, report.harmed, report.errors, report.slow) == (assigned.sum(), 0, {}, {})
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_where_its_own_view_gives_no_rows_the_champion_answers_and_the_challenger_has_failed(made):
+UNUSABLE = replace(prepared(20), usable=np.zeros(20, dtype=bool))
+
+
+@pytest.mark.parametrize("refused", [StateError("away"), KeyError("column"), UNUSABLE])
+def test_where_its_own_view_gives_no_rows_the_champion_answers_and_the_challenger_has_failed(refused):
     one, tally = trial(good)
-    refused = replace(prepared(20), usable=np.zeros(20, dtype=bool)) if made else None
     assigned = one.assign(KEY, 20, one.weight)
     chosen = asyncio.run(one.choose(asked(20, tried=refused), assigned, one.weight))
     assert not chosen.taken.any()
@@ -186,6 +196,37 @@ def test_where_its_own_view_gives_no_rows_the_champion_answers_and_the_challenge
 
     asyncio.run(copied())
     assert np.isnan(said[0].value).all()
+
+
+def test_the_deadline_is_for_making_the_challengers_rows_too():
+    async def never() -> Prepared:
+        await asyncio.sleep(30)
+        return prepared(20)
+
+    one, tally = trial(good)
+    assigned = one.assign(KEY, 20, one.weight)
+    chosen = asyncio.run(one.choose(asked(20, tried=never), assigned, one.weight))
+    assert not chosen.taken.any()
+    report = tally.report()
+    assert report is not None
+    assert (report.harmed, report.errors) == (assigned.sum(), {})  # late, as a challenger that hangs
+
+
+def test_a_copy_waits_for_the_challengers_rows_behind_the_callers_back():
+    one, _ = trial(good, weight=0.0)
+    begun: list[bool] = []
+
+    async def slow_rows() -> Prepared:
+        begun.append(True)
+        return prepared(20)
+
+    async def run() -> None:
+        one.copy(asked(20, tried=slow_rows), lambda *_: None)
+        assert not begun  # nothing of it happens before the caller has its answer
+        await asyncio.sleep(0.01)
+        assert begun
+
+    asyncio.run(run())
 
 
 def test_only_the_bad_rows_of_a_reply_are_replaced():

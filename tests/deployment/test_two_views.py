@@ -199,8 +199,9 @@ def test_a_challenger_on_a_new_view_waits_for_its_state_and_both_answer_what_is_
         with TestClient(made) as client:
             assert {answer["variant"] for answer in step(client)} == {"champion"}
             until(drained, "the drain goes on without the new view's state", 20)
-            epoch = put.database.routing(PAGE.name).epoch  # type: ignore[union-attr]
-            put.database.put_routing(PAGE.name, epoch, {**ROUTED, "challenger": TRIED.model_dump(mode="json")})
+            routed = put.database.routing(PAGE.name)
+            assert routed is not None
+            put.database.put_routing(PAGE.name, routed.epoch, {**ROUTED, "challenger": TRIED.model_dump(mode="json")})
             until(lambda: "2" in made.follower.refused(), "the challenger is refused", 20)
             assert {answer["variant"] for _ in range(3) for answer in step(client)} == {"champion"}
             status = client.get("/status", headers=key).json()

@@ -112,15 +112,15 @@ def _consider(
     square = (east * east + north * north) * (DEGREE_M * DEGREE_M)
     if not square <= search.radius * search.radius:
         return count
-    similar = search.matches
-    for at in range(similar):
+    for at in range(search.matches):
         if floats[i, REST + at] != asked[ASKED_REST + at]:
             return count
     for at in range(len(search.factors)):
-        mine, other, times = asked[ASKED_REST + similar + at], floats[i, REST + similar + at], search.factors[at]
+        mine, other = asked[ASKED_REST + search.matches + at], floats[i, REST + search.matches + at]
+        times = search.factors[at]
         if not (mine > 0.0 and other > 0.0 and other <= mine * times and mine <= other * times):
             return count
-    time, order = words[i, TIME], words[i, ORDER]
+    time, order, folded = words[i, TIME], words[i, ORDER], REST + search.matches + len(search.factors)
     place = count
     while place > 0:
         before = place - 1
@@ -141,7 +141,7 @@ def _consider(
             found.values[at, field] = found.values[at - 1, field]
     found.squares[place], found.times[place], found.orders[place] = square, time, order
     for field in range(search.fields):
-        found.values[place, field] = floats[i, REST + similar + len(search.factors) + field]
+        found.values[place, field] = floats[i, folded + field]
     return count
 
 

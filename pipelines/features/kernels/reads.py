@@ -140,12 +140,13 @@ def _window(
 
 @compiled
 def read(
-    state: np.ndarray, program: np.ndarray, others: bool | None, now: int,
+    state: np.ndarray, program: np.ndarray, mixed: bool | None, now: int,
     values: np.ndarray, status: np.ndarray, age: np.ndarray | None, row: int,
 ) -> bool:  # fmt: skip
     """Fills one column of stored features as of ``now``; False when the state has moved on too far for that.
 
-    values, age (seconds) float64[features, rows], status uint8[rows, features]; ``others`` as in ``tiles.apply``.
+    values, age (seconds) float64[features, rows], status uint8[rows, features]; ``mixed`` is None for a
+    program whose windows are all of MOMENTS: the code of other families is then not even compiled.
     Without ``age`` (None) ages are left out.
     """
     if state[SEEN] > 0 and now < state[NEWEST] - program[P_REACH]:
@@ -158,10 +159,10 @@ def read(
         family = program[series + S_FAMILY]
         if family == families.MOMENTS:
             _window(moments.NOTHING, state, floats, program, w, now, values, status, age, row)
-        elif family == families.LATEST:
-            _window(latest.NOTHING, state, floats, program, w, now, values, status, age, row)
-        elif others is not None:
-            if family == families.TREND:
+        elif mixed is not None:
+            if family == families.LATEST:
+                _window(latest.NOTHING, state, floats, program, w, now, values, status, age, row)
+            elif family == families.TREND:
                 _window(trend.NOTHING, state, floats, program, w, now, values, status, age, row)
             elif family == families.DECAY:
                 like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)

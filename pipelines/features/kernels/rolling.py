@@ -216,7 +216,7 @@ def _lag(
 @compiled
 def roll(
     program: np.ndarray,
-    others: bool | None,
+    mixed: bool | None,
     times: np.ndarray,
     columns: np.ndarray,
     known: np.ndarray,
@@ -232,8 +232,8 @@ def roll(
 
     Entity e has the events [event_edges[e], event_edges[e + 1]) in canonical order (times, known int64[m], columns
     float64[fields, m]) and the reads [read_edges[e], read_edges[e + 1]) with ascending moments (moments, bounds
-    int64[q]). Fills values, age (seconds) float64[features, q] and status uint8[q, features]; ``others`` as in
-    ``tiles.apply``.
+    int64[q]). Fills values, age (seconds) float64[features, q] and status uint8[q, features]; ``mixed`` as in
+    ``reads.read``.
     """
     windows = P_HEADER + program[P_SERIES] * S_ROW
     lags = windows + program[P_WINDOWS] * W_ROW
@@ -245,10 +245,10 @@ def roll(
             x, family = columns[program[series + S_FIELD], i:j], program[series + S_FAMILY]
             if family == families.MOMENTS:
                 _window(_MOMENTS, program, w, t, x, k, moments, bounds, q, r, values, status, age)
-            elif family == families.LATEST:
-                _window(latest.NOTHING, program, w, t, x, k, moments, bounds, q, r, values, status, age)
-            elif others is not None:
-                if family == families.TREND:
+            elif mixed is not None:
+                if family == families.LATEST:
+                    _window(latest.NOTHING, program, w, t, x, k, moments, bounds, q, r, values, status, age)
+                elif family == families.TREND:
                     _window(trend.NOTHING, program, w, t, x, k, moments, bounds, q, r, values, status, age)
                 elif family == families.DECAY:
                     like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
