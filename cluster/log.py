@@ -6,6 +6,7 @@ exactly once, at one place: sequences start at 1 and have no gaps. ``cluster.red
 
 from __future__ import annotations
 
+import errno
 import itertools
 import struct
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ FORMAT = 1
 _STREAM = struct.Struct("<BIQQq")  # format, stream id, last, trimmed, last known_at
 _KEY = struct.Struct(">IQ")  # stream id, sequence: big-endian, so keys sort as numbers
 _HEAD = struct.Struct("<Bq")  # format, known_at
+
+# What the file grows by: as a share of its pages, at most a second of busy ingest.
+_ROOM_SHARE, _MOST_ROOM = 4, 8 << 20
 
 Sequences = list[int | None]
 
@@ -128,11 +132,13 @@ class DurableLog:
         self._meta = self._env.open_db(b"streams")
         self._records = self._env.open_db(b"records")
         self._identities = Identities(self._env, remember_us)
+        self._page_bytes = self._env.stat()["psize"]
 
     @contextmanager
     def transaction(self, now_us: int) -> Iterator[Transaction]:
         """See ``Log``; one fsync at the end of the block. Holds the node's only writer lock: keep the block short."""
         with self._writing() as txn:
+            self._make_room()
             transaction = Transaction(self, txn, now_us)
             yield transaction
             transaction._finish()
@@ -193,6 +199,26 @@ class DurableLog:
             raise LogFull(
                 f"the log {self.path} has used its {self.map_bytes} bytes: let it drain, or open it with more"
             ) from None
+
+    def _make_room(self) -> None:
+        """Writes zeros behind the file's pages when few are left, under the writer lock.
+
+        An fsync of pages that the file already has costs less than one that must also record that the file grew.
+        """
+        used = (self._env.info()["last_pgno"] + 1) * self._page_bytes
+        room = min(used // _ROOM_SHARE, _MOST_ROOM)
+        file_name = self.path / "data.mdb"
+        end = file_name.stat().st_size
+        zeros = min(room, self.map_bytes - end)
+        if end - used >= room // 4 or zeros <= 0:
+            return
+        with file_name.open("ab", buffering=0) as file:
+            try:
+                file.write(bytes(zeros))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
+                raise LogFull(f"the file of the log {self.path} cannot grow: make room on its disk: {error}") from error
 
     def _look(self, stream: str) -> _Stream:
         with self._env.begin() as txn:

@@ -19,6 +19,7 @@ import numpy as np
 from pipelines.features.localtime import calendar_columns
 from pipelines.spec import FeatureView
 
+_FLOAT64 = np.dtype(np.float64)
 _SCALARS = (bool, int, float, np.bool_, np.integer, np.floating)
 
 
@@ -193,7 +194,7 @@ def columns(
                     f"derived feature {name!r} needs the input {missing} as numbers; got {sorted(inputs)}"
                 ) from None
             result = function(*given)
-            answer[name] = np.ascontiguousarray(result, dtype=np.float64)
+            answer[name] = result if result.dtype is _FLOAT64 else result.astype(np.float64)
     return answer
 
 

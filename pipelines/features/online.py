@@ -6,9 +6,8 @@ Where state and log are kept, in LMDB or in Redis, is decided here by the settin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +30,7 @@ __all__ = ["NO_TABLE", "BoundReader", "OnlineState", "Read", "StateGap", "Status
 _WORDS_AT_ONCE = 4 << 20  # of states that are changed by one call of a kernel
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """Stored features of n entities: values, age_s float64[n, s] (seconds), status uint8[n, s], known
     bool[n].
 
@@ -158,9 +156,8 @@ class OnlineState(Projection[EventColumns]):
         unplaced = 0
         for first, last, names, edges in _parts(self.plan, seen):
             part = (seen.times[first:last], seen.orders[first:last], seen.values[first:last])
-            states, late = apply_events(self.plan, list(txn.get(names)), edges - first, *part)
-            for name, state in zip(names, states, strict=True):
-                txn.put(name, state)
+            states, late = apply_events(self.plan, txn.get(names), edges - first, *part)
+            txn.put(names, states)
             unplaced += late
         return unplaced
 

@@ -10,9 +10,8 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,8 +35,7 @@ class StateGap(StateError):
     """Records that a state has not applied have left the log; the message says what rebuilds it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """What a state has applied: the log through ``applied``, on top of the rows that ``generation`` was made from."""
 
     applied: int = 0

@@ -34,8 +34,7 @@ class RowsState(Projection[list[tuple[str, np.ndarray]]]):
         """See ``Projection``: keys with their new rows; every row can be placed."""
         names = [name for name, _ in seen]
         made = [self._joined(blob, rows) for blob, (_, rows) in zip(txn.get(names), seen, strict=True)]
-        for name, blob in zip(names, made, strict=True):
-            txn.put(name, blob)
+        txn.put(names, made)
         return 0
 
     def opened(self, blob: bytes | memoryview) -> tuple[int, np.ndarray]:

@@ -70,7 +70,7 @@ class Plan:
     reach_us: int
     program: np.ndarray
 
-    @property
+    @cached_property
     def fixed_words(self) -> int:
         """Words of entity state before its raw events."""
         return int(self.program[layout.P_FIXED])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import lmdb
@@ -228,6 +230,41 @@ def test_a_full_log_is_a_clear_error_and_is_usable_afterwards(place):
     with pytest.raises(LogFull, match="let it drain"):
         append(log, 1, *too_much)
     assert append(log, 1, Record(b"a", b"x"), Record(b"a", b"x")) == [1, None]
+    log.close()
+
+
+def until_full(log: Log, record: Record, each: Callable[[], object] = lambda: None) -> None:
+    for _ in range(10_000):
+        append(log, 1, *[record] * 10)
+        each()
+
+
+def test_the_file_grows_ahead_of_its_pages_and_never_beyond_its_bound(tmp_path):
+    bound = 4 << 20
+    log, sizes, ahead = DurableLog(tmp_path, remember_us=REMEMBER, map_bytes=bound), [], []
+
+    def look() -> None:
+        sizes.append((tmp_path / "data.mdb").stat().st_size)
+        ahead.append(sizes[-1] - (log._env.info()["last_pgno"] + 1) * 4096)
+
+    with pytest.raises(LogFull, match="let it drain"):
+        until_full(log, Record(None, bytes(1_000)), look)
+    assert max(sizes) <= bound
+    assert sum(room > 0 for room in ahead) > len(ahead) / 2
+    log.close()
+
+
+def test_a_file_that_may_not_grow_makes_a_full_log_and_loses_nothing(tmp_path):
+    log, sequences, before = DurableLog(tmp_path, remember_us=REMEMBER), [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = Record(None, bytes(1_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(LogFull, match="make room on its disk"):
+            until_full(log, record, lambda: sequences.append(log.last("events")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.last("events") == sequences[-1] == 10 * len(sequences)
+    assert append(log, 1, record) == [sequences[-1] + 1]
     log.close()
 
 

@@ -263,7 +263,7 @@ def test_a_rebuild_from_the_past_is_refused_when_the_log_no_longer_has_what_foll
 
 def test_a_change_that_raises_changes_nothing(online: OnlineState) -> None:
     def failing(txn: Transaction) -> None:
-        txn.put("a", b"state")
+        txn.put(["a"], [b"state"])
         txn.put_head(b"head")
         raise OSError("not this time")
 
@@ -276,7 +276,7 @@ def test_a_rebuild_that_is_not_published_is_an_error_and_changes_nothing(log: Lo
     write(log, [record("a", BASE, 1.0)], BASE)
     online.project(log)
     with pytest.raises(RuntimeError, match="without being published"), online.store.rebuilding() as rebuild:
-        rebuild.put("b", b"state")
+        rebuild.put(["b"], [b"state"])
     assert online.names() == ["a"]
 
 
@@ -285,7 +285,7 @@ def test_a_full_store_says_so(tmp_path: Path) -> None:
 
     def fill(txn: Transaction) -> None:
         for i in range(100):
-            txn.put(f"entity {i}", bytes(4096))
+            txn.put([f"entity {i}"], [bytes(4096)])
 
     with pytest.raises(StoreFull, match="65536 bytes"):
         store.change(fill)
@@ -294,7 +294,7 @@ def test_a_full_store_says_so(tmp_path: Path) -> None:
 
 def test_state_of_another_boot_is_forgotten(tmp_path: Path) -> None:
     store, name = LmdbStore(tmp_path / "s"), "a" * 600
-    store.change(lambda txn: txn.put(name, b"state"))
+    store.change(lambda txn: txn.put([name], [b"state"]))
     store.close()
     again = LmdbStore(tmp_path / "s")
     with again.reading([name]) as snapshot:

@@ -243,7 +243,7 @@ def test_a_change_that_another_writer_overtook_is_made_again(server: services.Re
             number = int(bytes(blob or b"0"))
             seen.append((name, txn.head, number))
             meanwhile()
-            txn.put("a", b"%d" % (number + 1))
+            txn.put(["a"], [b"%d" % (number + 1)])
             txn.put_head(b"after %d" % (number + 1))
 
         return make

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from pipelines.features.state import StateError
 
@@ -25,8 +24,7 @@ class StateUnavailable(StateError, ConnectionError):
     """The store's server does not answer or refuses; state is as it was before the call, or as it is after it."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A head and entities of the same moment; valid inside the block that gave it.
 
     ``head`` is what was last given to ``put_head`` or ``publish``, None for a new store. ``blobs`` are the states of
@@ -42,11 +40,11 @@ class Transaction(Protocol):
 
     head: bytes | None
 
-    def get(self, entities: Sequence[str]) -> Iterable[Blob | None]:
-        """The entities' states, fetched as they are gone through; one is valid until the next ``put``."""
+    def get(self, entities: Sequence[str]) -> Sequence[Blob | None]:
+        """The entities' states, in order; valid until the next ``put``."""
 
-    def put(self, entity: str, blob: Blob) -> None:
-        """Replaces the entity's state."""
+    def put(self, entities: Sequence[str], blobs: Sequence[Blob]) -> None:
+        """Replaces the entities' states, which stand in the same order."""
 
     def put_head(self, head: bytes) -> None:
         """Replaces the head: to be called once, when the entities are as it says."""
@@ -58,11 +56,11 @@ class Rebuild(Protocol):
     head: bytes | None
     """The head when the rebuild began."""
 
-    def get(self, entities: Sequence[str]) -> Iterable[Blob | None]:
+    def get(self, entities: Sequence[str]) -> Sequence[Blob | None]:
         """As in ``Transaction``, of the new entities."""
 
-    def put(self, entity: str, blob: Blob) -> None:
-        """Sets a new entity's state."""
+    def put(self, entities: Sequence[str], blobs: Sequence[Blob]) -> None:
+        """Sets new entities' states, which stand in the same order."""
 
     def present(self) -> bytes | None:
         """The head that readers see now: others may go on changing the old entities."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -37,11 +37,9 @@ class LmdbStore:
         self._entities = self._env.open_db(b"entities")
         self._notes = self._env.open_db(b"notes")
 
-    @contextmanager
-    def reading(self, entities: Sequence[str] = ()) -> Iterator[Snapshot]:
+    def reading(self, entities: Sequence[str] = ()) -> AbstractContextManager[Snapshot]:
         """See ``Store``; blobs are buffers in the file."""
-        with self._env.begin(buffers=True) as txn:
-            yield Snapshot(self._head(txn), self._get(txn, entities))
+        return _Reading(self, entities)
 
     def change(self, make: Callable[[Transaction], T]) -> T:
         """See ``Store``; it holds the node's only writer lock, so ``make`` is called once."""
@@ -98,6 +96,23 @@ class LmdbStore:
         return (txn.get(_key(entity), db=self._entities) for entity in entities)
 
 
+class _Reading(AbstractContextManager[Snapshot]):
+    """A snapshot; not a generator, because every request pays for it."""
+
+    __slots__ = ("_entities", "_store", "_txn")
+
+    def __init__(self, store: LmdbStore, entities: Sequence[str]) -> None:
+        self._store, self._entities = store, entities
+
+    def __enter__(self) -> Snapshot:
+        store = self._store
+        self._txn = txn = store._env.begin(buffers=True)
+        return Snapshot(store._head(txn), store._get(txn, self._entities))
+
+    def __exit__(self, *_: object) -> None:
+        self._txn.abort()
+
+
 class _Writing:
     """Both the ``Transaction`` and the ``Rebuild`` of LMDB, whose own transaction is atomic."""
 
@@ -107,11 +122,16 @@ class _Writing:
         self.head = store._head(txn)
         self.published = False
 
-    def get(self, entities: Sequence[str]) -> Iterator[Blob | None]:
-        return self._store._get(self._txn, entities)
+    def get(self, entities: Sequence[str]) -> list[Blob | None]:
+        keys = [_key(entity) for entity in entities]
+        found: dict[bytes, Blob] = {bytes(key): blob for key, blob in self._cursor().getmulti(keys)}
+        return [found.get(key) for key in keys]
 
-    def put(self, entity: str, blob: Blob) -> None:
-        self._txn.put(_key(entity), blob, db=self._store._entities)
+    def put(self, entities: Sequence[str], blobs: Sequence[Blob]) -> None:
+        self._cursor().putmulti([(_key(entity), blob) for entity, blob in zip(entities, blobs, strict=True)])
+
+    def _cursor(self) -> lmdb.Cursor:
+        return self._txn.cursor(db=self._store._entities)
 
     def put_head(self, head: bytes) -> None:
         self._txn.put(_HEAD, head, db=self._store._notes)

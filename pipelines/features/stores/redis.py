@@ -10,8 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
@@ -78,7 +77,8 @@ class RedisStore:
     @contextmanager
     def reading(self, entities: Sequence[str] = ()) -> Iterator[Snapshot]:
         """See ``Store``; one round trip, and two more after a rebuild."""
-        yield self.look([_field(entity) for entity in entities])
+        seen = self.look([_field(entity) for entity in entities])
+        yield Snapshot(seen.head, seen.blobs)
 
     def change(self, make: Callable[[Transaction], T]) -> T:
         """See ``Store``."""
@@ -188,10 +188,11 @@ class RedisStore:
                     )
 
 
-@dataclass(frozen=True)
-class _Look(Snapshot):
-    """A snapshot of the hash ``name``, which is empty for a new store."""
+class _Look(NamedTuple):
+    """A ``Snapshot`` of the hash ``name``, which is empty for a new store."""
 
+    head: bytes | None
+    blobs: Sequence[Blob | None]
     name: bytes
 
     def same_as(self, other: _Look) -> bool:
@@ -215,8 +216,8 @@ class _Change:
         stored = dict(zip(unknown, found.blobs, strict=True))
         return [self._puts[entity] if entity in self._puts else stored[entity] for entity in entities]
 
-    def put(self, entity: str, blob: Blob) -> None:
-        self._puts[entity] = blob
+    def put(self, entities: Sequence[str], blobs: Sequence[Blob]) -> None:
+        self._puts.update(zip(entities, blobs, strict=True))
 
     def put_head(self, head: bytes) -> None:
         self._new_head = head
@@ -255,11 +256,12 @@ class _Rebuild:
             found: list[bytes | None] = self._store.client.hmget(key, [_field(entity) for entity in entities])
         return found
 
-    def put(self, entity: str, blob: Blob) -> None:
-        self._puts[entity] = blob
-        self._bytes += len(blob)
-        if self._bytes >= _CHUNK_BYTES:
-            self._send()
+    def put(self, entities: Sequence[str], blobs: Sequence[Blob]) -> None:
+        for entity, blob in zip(entities, blobs, strict=True):
+            self._puts[entity] = blob
+            self._bytes += len(blob)
+            if self._bytes >= _CHUNK_BYTES:
+                self._send()
 
     def present(self) -> bytes | None:
         self._present = self._store.look([], to_rebuild=True)
