@@ -216,9 +216,9 @@ class DurableLog:
             try:
                 file.write(bytes(zeros))
             except OSError as error:
+                # Room only saves time: the pages that were trimmed may be enough, and LMDB says when they are not.
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
-                raise LogFull(f"the file of the log {self.path} cannot grow: make room on its disk: {error}") from error
 
     def _look(self, stream: str) -> _Stream:
         with self._env.begin() as txn:
