@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import lmdb
 
+from cluster.disk import disk_refuses
 from cluster.identities import Identities
 
 FORMAT = 1
@@ -35,7 +36,7 @@ class LogFull(RuntimeError):
 
 
 class LogUnavailable(ConnectionError):
-    """The log's server does not answer or refuses; whether it took the records of this call may not be known."""
+    """The log's server or disk does not answer or refuses; whether it took this call's records may not be known."""
 
 
 class Record(NamedTuple):  # as LogRecord: one is made for every event, and a tuple is made fastest
@@ -74,7 +75,8 @@ class Log(Protocol):
     """Named streams of records, kept until ``trim``. Threads may share the object.
 
     Identities are remembered for at least ``remember_us`` and at most one and a half times that. ``where`` names the
-    log's place in messages. A log on a server raises ``LogUnavailable`` from any call when the server does not answer.
+    log's place in messages. A log on a server raises ``LogUnavailable`` from any call when the server does not answer,
+    one on a disk from calls that write when the disk is full or broken.
     """
 
     where: str
@@ -199,6 +201,12 @@ class DurableLog:
             raise LogFull(
                 f"the log {self.path} has used its {self.map_bytes} bytes: let it drain, or open it with more"
             ) from None
+        except lmdb.Error as error:
+            if not disk_refuses(error):
+                raise
+            raise LogUnavailable(
+                f"the disk refuses the log {self.path}: {error}. Make room there, or let the log drain, and send again"
+            ) from error
 
     def _make_room(self) -> None:
         """Writes zeros behind the file's pages when few are left, under the writer lock.

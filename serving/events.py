@@ -19,7 +19,7 @@ from cluster.alerts import Alerts
 from cluster.clock import Clock
 from cluster.database import Database
 from cluster.group_commit import GroupCommit
-from cluster.log import Log, LogFull, LogUnavailable, Record
+from cluster.log import Log, LogFull, LogUnavailable, Record, Sequences
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines.contracts.events import LOAD_ID, encoder
@@ -74,18 +74,19 @@ class EventIntake:
                 results.append({"status": "accepted", "event_id": event_id})
                 accepted.append(Record(identity, value))
                 places.append(position)
-        waiting = []
+        sequences: Sequences = []
         try:
-            if refused:
-                waiting.append(self._commit.submit(QUARANTINE, refused))
+            # In this order: a caller who must send them again finds accepted events remembered, and refused ones are
+            # not.
             if accepted:
-                waiting.append(self._commit.submit(EVENTS, accepted))
-            done = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+                sequences = await asyncio.wrap_future(self._commit.submit(EVENTS, accepted))
+            if refused:
+                await asyncio.wrap_future(self._commit.submit(QUARANTINE, refused))
         except LogFull as error:
             raise Problem(429, "The event log is full", str(error), retry_after_s=1) from error
         except LogUnavailable as error:
             raise Problem(503, "The event log does not answer", str(error), retry_after_s=1) from error
-        for place, sequence in zip(places, done[-1] if accepted else (), strict=True):
+        for place, sequence in zip(places, sequences, strict=True):
             results[place]["duplicate" if sequence is None else "sequence"] = sequence is None or sequence
         return results
 

@@ -86,7 +86,7 @@ class Gateway:
             for name, fed in self.views.dimensions.items()
         }  # fmt: skip
         self.rollouts = Rollouts(usecase, settings, self.database, self.clock)
-        self.watch = Watch(lambda: self.state, self.alerts, self.clock) if self.use_case.fallback else None
+        self.watch = Watch(lambda: self.state, self.alerts, self.clock)
         from serving.api import build_api  # it imports the request models, which a worker without HTTP never needs
 
         self.api = build_api(self)
@@ -224,7 +224,10 @@ class Gateway:
             "epoch": self.follower.serving.table.epoch,
             "champion": self.follower.serving.champion.version,
             "applied": positions[self.view][1],
-            "views": {view: {"generation": made, "applied": upto} for view, (made, upto) in positions.items()},
+            "views": {
+                view: {"generation": made, "applied": upto, "unplaced": self.views.states[view].unplaced()}
+                for view, (made, upto) in positions.items()
+            },
             "log": {s: {"last": self.log.last(s), "pending": self.log.pending(s)} for s in streams},
             "dimensions": {
                 name: {"last": feed.log.last(EVENTS), "pending": feed.log.pending(EVENTS)}
@@ -237,7 +240,7 @@ class Gateway:
     def failures(self) -> list[str]:
         """What keeps this replica from answering as it should. A state that no champion needs yet is nothing of it."""
         drains = (drain.failure for drain in self._drains)
-        found = (*drains, self.follower.failure, self.watch and self.watch.failure)
+        found = (*drains, self.follower.failure, self.watch.failure)
         return [str(failure) for failure in found if failure]
 
     def check(self) -> None:
@@ -245,15 +248,14 @@ class Gateway:
         for drain in self._drains:
             if not drain.alive():
                 raise RuntimeError(f"a drain of {self.use_case.name!r} ended: {drain.failure!r}")
-        if self.watch is not None and not self.watch.alive():
-            raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer watches for silent sensors")
+        if not self.watch.alive():
+            raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer watches sensors and events")
         if not self.follower.alive():
             raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer follows its routing table")
 
     def close(self) -> None:
         """Flushes the log and lets go of the stores."""
-        if self.watch is not None:
-            self.watch.close()
+        self.watch.close()
         self.follower.close()
         self.intake.close()
         self.drain.close()

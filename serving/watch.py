@@ -1,4 +1,4 @@
-"""Looks out for silent sensors in the background of a gateway; see ``pipelines.monitoring.sensors``."""
+"""Looks out in the background of a gateway: for silent sensors, and for events that state could not place."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cluster.clock import Clock
 from pipelines.features.online import OnlineState
 from pipelines.features.state import StateError
 from pipelines.monitoring.sensors import SilenceMonitor
+from pipelines.monitoring.unplaced import UnplacedMonitor
 
 _PERIOD_S = 1.0
 
@@ -39,11 +40,20 @@ class Watch:
 
     def _loop(self) -> None:
         watched: OnlineState | None = None
+        monitors: list[SilenceMonitor | UnplacedMonitor] = []
         while not self._stop.wait(_PERIOD_S):
-            if (state := self._state()) is not watched:
-                watched, monitor = state, SilenceMonitor(state.use_case, state, self._alerts)
             try:
-                monitor.check(self._clock.now())
+                if (state := self._state()) is not watched:
+                    monitors = self._monitors(state)
+                    watched = state
+                for monitor in monitors:
+                    monitor.check(self._clock.now())
                 self.failure = None
             except (StateError, OperationalError) as error:
-                self.failure = f"silent sensors are not looked for: {error}"  # the next check does the same again
+                self.failure = f"sensors and events are not watched: {error}"  # the next check does the same again
+
+    def _monitors(self, state: OnlineState) -> list[SilenceMonitor | UnplacedMonitor]:
+        found: list[SilenceMonitor | UnplacedMonitor] = [UnplacedMonitor(state, self._alerts)]
+        if state.use_case.fallback is not None:
+            found.append(SilenceMonitor(state.use_case, state, self._alerts))
+        return found

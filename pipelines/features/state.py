@@ -1,7 +1,8 @@
 """The state of one entity: what it takes to read its stored features at any later moment.
 
 State is a pure function of the set of events applied, so neither their order, nor how they were split into
-batches, nor a restart from bytes changes a value.
+batches, nor a restart from bytes changes a value. (Of an entity with very many recent events this holds for those that
+could be placed; the others are counted.)
 """
 
 from __future__ import annotations
@@ -12,9 +13,6 @@ import numpy as np
 
 from pipelines.features.kernels import layout, reads, tiles
 from pipelines.features.windows import Plan
-
-# Above this many unsettled events an entity is refused: every change writes them all again.
-MAX_RAW_EVENTS = 100_000
 
 
 class StateError(RuntimeError):
@@ -35,13 +33,6 @@ def _unreadable(plan: Plan, blob: bytes | memoryview) -> StateError:
         f"({plan.fingerprint}) reads format {layout.FORMAT} from {plan.fixed_words * 8} bytes on; "
         "rebuild the state "
         "with `python -m pipelines.backfill USECASE --materialize`"
-    )
-
-
-def _too_many(plan: Plan, count: int) -> StateError:
-    return StateError(
-        f"an entity has {count} events within {plan.reach_us / 1e6:g} s, more than the {MAX_RAW_EVENTS} that state "
-        "keeps; lower the contract's lateness or split the entity"
     )
 
 
@@ -76,9 +67,6 @@ def apply_events(
     lengths = tiles.apply(
         states, begins, new, plan.empty_state, plan.program, plan.others, edges, times, orders, values
     )
-    most = int(states[begins[:-1] + layout.COUNT].max(initial=0))
-    if most > MAX_RAW_EVENTS:
-        raise _too_many(plan, most)
     after = int(states[begins[:-1] + layout.UNPLACED].sum())
     ends = begins[:-1] + lengths
     made = [whole[8 * a : 8 * b] for a, b in zip(begins[:-1].tolist(), ends.tolist(), strict=True)]
@@ -96,8 +84,9 @@ def read_into(
 ) -> None:
     """The stored features at ``now_us`` into a row of what ``vectors`` gave; ``StateError`` when too far back."""
     if not reads.read(state, plan.program, plan.mixed, now_us, values, status, age, row):
+        back = max(state[layout.NEWEST] - plan.reach_us, state[layout.FLOOR] - 1)
         raise StateError(
-            f"features were asked for at {now_us} us, but the state has seen an event at "
-            f"{state[layout.NEWEST]} us and "
-            f"keeps only {plan.reach_us / 1e6:g} s behind it; check the clocks of this node"
+            f"features were asked for at {now_us} us, but the state has seen an event at {state[layout.NEWEST]} us "
+            f"and reaches back to {back} us only; check the clocks of this node, and whether an entity has more than "
+            f"{plan.program[layout.P_MOST]} events after that"
         )

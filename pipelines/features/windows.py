@@ -25,6 +25,9 @@ from pipelines.spec.base import fingerprint, microseconds
 # events.
 READ_BEHIND = timedelta(minutes=1)
 
+# Unsettled events that an entity keeps at most: every change writes them all again.
+MAX_RAW_EVENTS = 100_000
+
 # The family and the code of every fold.
 _FOLDS = {
     Fold.COUNT: (families.MOMENTS, moments.C_COUNT),
@@ -112,7 +115,8 @@ class Plan:
         It is left writable, because numba compiles a kernel once more for arrays that are not.
         """
         state = np.zeros(self.fixed_words, np.int64)
-        state[layout.VERSION], state[layout.NEWEST] = layout.FORMAT, layout.EMPTY
+        state[layout.VERSION] = layout.FORMAT
+        state[layout.NEWEST] = state[layout.FLOOR] = layout.EMPTY
         start = layout.P_HEADER
         for series in self.program[start : start + int(self.program[0]) * layout.S_ROW].reshape(-1, layout.S_ROW):
             ring, width, settled = (int(series[i]) for i in (layout.S_RING, layout.S_WIDTH, layout.S_SETTLED))
@@ -174,7 +178,7 @@ def compile_plan(view: FeatureView, contract: Contract) -> Plan:
     header[layout.P_SERIES], header[layout.P_WINDOWS] = len(series_rows), len(window_rows)
     header[layout.P_LAGS], header[layout.P_FIELDS] = len(lag_rows), len(fields)
     header[layout.P_REACH], header[layout.P_FIXED] = microseconds(reach), words
-    header[layout.P_TTL] = microseconds(view.ttl)
+    header[layout.P_TTL], header[layout.P_MOST] = microseconds(view.ttl), MAX_RAW_EVENTS
     rows = (word for row in (*series_rows, *window_rows, *lag_rows) for word in row)
     return Plan(
         view=view,

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from cluster.group_commit import GroupCommit
-from cluster.log import DurableLog, Log, LogFull, LogRecord, Record
+from cluster.log import DurableLog, Log, LogFull, LogRecord, LogUnavailable, Record
 from cluster.redis_log import RedisLog
 from tests.backends import on_redis, open_log
 
@@ -268,6 +268,21 @@ def test_a_file_that_cannot_grow_goes_on_in_the_pages_that_were_trimmed(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [kept.sequence for kept in log.read("events", 0)] == list(range(last, last + 21))
+    log.close()
+
+
+def test_a_full_disk_refuses_with_what_to_do_and_takes_records_again_once_there_is_room(tmp_path):
+    log, before = DurableLog(tmp_path, remember_us=REMEMBER), resource.getrlimit(resource.RLIMIT_FSIZE)
+    append(log, 1, Record(None, b"first"))
+    for room in (0, 3 * 4096 + 100):  # no room at all, and a write that is cut short
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "data.mdb").stat().st_size + room, before[1]))
+        try:
+            with pytest.raises(LogUnavailable, match=r"the disk refuses the log .* Make room there"):
+                append(log, 1, Record(None, bytes(100_000)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert append(log, 1, Record(None, b"second")) == [2]
+    assert [kept.value for kept in log.read("events", 0)] == [b"first", b"second"]
     log.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.group_commit import GroupCommit
 from cluster.log import LogFull, Record
-from pipelines.drain import EVENTS
+from pipelines.drain import EVENTS, QUARANTINE
 from pipelines.features.online import OnlineState
 from serving.events import EventIntake
 from serving.problems import Problem
@@ -62,6 +62,9 @@ def test_events_beyond_it_are_refused_with_when_to_try_again(place: str) -> None
     assert (refused.value.status, refused.value.retry_after_s) == (429, 1)
     assert "drain" in refused.value.detail
     assert log.last(EVENTS) == 5
+    with pytest.raises(Problem):
+        asyncio.run(intake.ingest([{"meter": "a"}, event(5)]))
+    assert log.last(QUARANTINE) == 0, "what is sent again would be quarantined twice"
     intake.close()
     state.close()
     log.close()

@@ -15,6 +15,7 @@ from pipelines.features.kernels.compiled import compiled, inner
 from pipelines.features.kernels.families import empty, finish, load, merge, newest
 from pipelines.features.kernels.layout import (
     EMPTY,
+    FLOOR,
     FRESH,
     L_OUT,
     L_ROW,
@@ -149,7 +150,7 @@ def read(
     program whose windows are all of MOMENTS: the code of other families is then not even compiled.
     Without ``age`` (None) ages are left out.
     """
-    if state[SEEN] > 0 and now < state[NEWEST] - program[P_REACH]:
+    if state[SEEN] > 0 and (now < state[NEWEST] - program[P_REACH] or now < state[FLOOR] - 1):
         return False
     floats = state.view(np.float64)
     windows = P_HEADER + program[P_SERIES] * S_ROW

@@ -12,10 +12,12 @@ from pipelines.features.kernels.families import empty, load, store, update
 from pipelines.features.kernels.layout import (
     COUNT,
     EMPTY,
+    FLOOR,
     NEWEST,
     P_FIELDS,
     P_FIXED,
     P_HEADER,
+    P_MOST,
     P_REACH,
     P_SERIES,
     S_FAMILY,
@@ -90,13 +92,15 @@ def _fold_in(
 
 @inner
 def _settle(state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None) -> None:
-    """Moves raw events that nothing can precede any more into the settled part of their tiles."""
+    """Moves raw events that nothing can precede any more, or that are too many, into what is settled of their tiles."""
     row = 2 + program[P_FIELDS]
     while state[COUNT] > 0:
         at = program[P_FIXED] + state[START] * row
         time = state[at]
         if time >= state[NEWEST] - program[P_REACH]:
-            break
+            if state[COUNT] <= program[P_MOST]:
+                break
+            state[FLOOR] = time + 1
         for s in range(program[P_SERIES]):
             series = P_HEADER + s * S_ROW
             value = floats[at + 2 + program[series + S_FIELD]]
@@ -126,7 +130,7 @@ def _insert(
 
     ``state`` must have room for one more raw event behind the last.
     """
-    if state[SEEN] > 0 and time < state[NEWEST] - program[P_REACH]:
+    if state[SEEN] > 0 and (time < state[NEWEST] - program[P_REACH] or time < state[FLOOR]):
         state[UNPLACED] += 1
         return
     row = 2 + program[P_FIELDS]
@@ -255,7 +259,7 @@ def apply(
         i, j = edges[e], edges[e + 1]
         if new[e]:
             state[: nothing.shape[0]] = nothing
-            if i < j and _ordered(times[i:j], orders[i:j]):
+            if i < j <= i + program[P_MOST] and _ordered(times[i:j], orders[i:j]):
                 _begin(state, its_floats, program, others, times[i:j], orders[i:j], values[i:j])
                 i = j
         for k in range(i, j):

@@ -21,7 +21,7 @@ class StoreFull(StateError):
 
 
 class StateUnavailable(StateError, ConnectionError):
-    """The store's server does not answer or refuses; state is as it was before the call, or as it is after it."""
+    """The store's server or disk does not answer or refuses; state is as before the call, or as after it."""
 
 
 class Snapshot(NamedTuple):
@@ -77,7 +77,8 @@ class Store(Protocol):
     """State by entity; open it once per process. Threads may share it.
 
     ``where`` names its place in messages; ``records_at_once`` is how many log records one change should apply. A store
-    on a server raises ``StateUnavailable`` from any call when the server does not answer.
+    on a server raises ``StateUnavailable`` from any call when the server does not answer, one on a disk from calls that
+    write when the disk is full or broken.
     """
 
     where: str

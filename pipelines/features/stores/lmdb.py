@@ -15,7 +15,8 @@ from pathlib import Path
 
 import lmdb
 
-from pipelines.features.stores import Blob, Rebuild, Snapshot, StoreFull, T, Transaction
+from cluster.disk import disk_refuses
+from pipelines.features.stores import Blob, Rebuild, Snapshot, StateUnavailable, StoreFull, T, Transaction
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _HEAD = b"head"
@@ -87,6 +88,13 @@ class LmdbStore:
                 f"the state in {self.path} has used its {self.map_bytes} bytes: open it with more, or put "
                 "fewer entities or shorter windows on this node"
             ) from None
+        except lmdb.Error as error:
+            if not disk_refuses(error):
+                raise
+            raise StateUnavailable(
+                f"the disk refuses the state in {self.path}: {error}. Make room there; events that the log has taken "
+                "are applied then"
+            ) from error
 
     def _head(self, txn: lmdb.Transaction) -> bytes | None:
         found = txn.get(_HEAD, db=self._notes)
