@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from sqlalchemy.exc import SQLAlchemyError
@@ -79,7 +79,11 @@ def build_api(gateway: Gateway) -> FastAPI:
         return _response(Problem(error.status_code, str(error.detail), f"See {prefix}/docs for what there is."))
 
     @app.post("/predict", dependencies=allow(Scope.PREDICT), tags=["predict"])
-    async def predict(body: wire.PredictRequest) -> wire.PredictResponse:
+    async def predict(
+        body: wire.PredictRequest,
+        idempotency_key: Annotated[str | None, Header(max_length=200, description=wire.IDEMPOTENCY_KEY)] = None,
+        tidegate_variant: Annotated[wire.Variant | None, Header(description=wire.VARIANT)] = None,
+    ) -> wire.PredictResponse:
         """Answers each instance with a value, an interval and the status of its features."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
@@ -122,11 +126,11 @@ def build_api(gateway: Gateway) -> FastAPI:
 
     @app.post("/rollout/{command}", dependencies=[Depends(_BEARER)], tags=["rollout"])
     def command(
-        command: Literal["pause", "resume", "approve", "abort"],
+        command: Literal["pause", "resume", "approve", "abort", "revert"],
         body: wire.RolloutCommand,
         who: Principal = releaser,
     ) -> wire.RolloutStatus:
-        """Pauses, resumes, approves or aborts the rollout that is under way."""
+        """Pauses, resumes, approves or aborts the rollout that is under way, or takes the champion back."""
         return wire.RolloutStatus(**gateway.rollouts.command(command, by=who.name, reason=body.reason))
 
     @app.get("/healthz", tags=["health"])

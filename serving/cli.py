@@ -28,8 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start.add_argument("version")
     start.add_argument("--force", action="store_true", help="although its gates did not pass; needs --reason")
     start.add_argument("--reason", default="", help="kept in the journal")
-    for action in ("pause", "resume", "approve", "abort"):
-        actions.add_parser(action).add_argument("--reason", default="", help="kept in the journal")
+    steering = {
+        "pause": "no next stage until it is resumed",
+        "resume": "go on, and begin the sample-ratio test anew",
+        "approve": "allow the promotion of a version whose policy asks for it",
+        "abort": "withdraw the version that is being tried",
+        "revert": "let the previous version answer again, at once; what is being tried is withdrawn",
+    }
+    for action, meaning in steering.items():
+        actions.add_parser(action, help=meaning).add_argument("--reason", default="", help="kept in the journal")
     features = commands.add_parser("features", help="make, rebuild, audit and look at features")
     kinds = features.add_subparsers(dest="action", required=True)
     kinds.add_parser("backfill", help="make the training table").add_argument("usecase")

@@ -29,6 +29,7 @@ from serving.wire import (
     PredictResponse,
     RolloutStart,
     RolloutStatus,
+    Variant,
 )
 
 Answer = TypeVar("Answer")
@@ -61,10 +62,14 @@ class _Call(Generic[Answer]):
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def _predict(instances: Sequence[Mapping[str, Any]], key: str | None) -> _Call[list[Prediction]]:
+def _predict(
+    instances: Sequence[Mapping[str, Any]], key: str | None, variant: Variant | None
+) -> _Call[list[Prediction]]:
     body = {"instances": [dict(i) for i in instances]}
     # With a key a request that has to be sent again finds the version it had.
     headers = {"idempotency-key": key or secrets.token_hex(8)}
+    if variant is not None:
+        headers["tidegate-variant"] = variant
     return _Call("POST", "/predict", body, lambda a: PredictResponse.model_validate(a).predictions, headers=headers)
 
 
@@ -170,13 +175,18 @@ class Client(_Connection):
         self._http.close()
 
     def predict(
-        self, instances: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+        self,
+        instances: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        variant: Variant | None = None,
     ) -> list[Prediction]:
         """One prediction per instance, in order.
 
-        While a version is being tried, requests with the same ``idempotency_key`` get the same version.
+        While a version is being tried, requests with the same ``idempotency_key`` get the same version. A tester may
+        ask for a ``variant``; that is no evidence for or against it.
         """
-        return self._send(_predict(instances, idempotency_key))
+        return self._send(_predict(instances, idempotency_key, variant))
 
     def events(self, events: Sequence[Mapping[str, Any]], dimension: str | None = None) -> list[EventResult]:
         """One result per event, or per row of a dimension, in order; accepted ones are durable."""
@@ -205,7 +215,7 @@ class Client(_Connection):
         return self._send(_rollout_start(version, policy, force, reason))
 
     def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
-        """Pauses, resumes, approves or aborts the rollout that is under way."""
+        """Pauses, resumes, approves or aborts the rollout that is under way, or reverts to the previous champion."""
         return self._send(_rollout_command(command, reason))
 
     def _send(self, call: _Call[Answer]) -> Answer:
@@ -249,13 +259,18 @@ class AsyncClient(_Connection):
         await self._http.aclose()
 
     async def predict(
-        self, instances: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+        self,
+        instances: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        variant: Variant | None = None,
     ) -> list[Prediction]:
         """One prediction per instance, in order.
 
-        While a version is being tried, requests with the same ``idempotency_key`` get the same version.
+        While a version is being tried, requests with the same ``idempotency_key`` get the same version. A tester may
+        ask for a ``variant``; that is no evidence for or against it.
         """
-        return await self._send(_predict(instances, idempotency_key))
+        return await self._send(_predict(instances, idempotency_key, variant))
 
     async def events(self, events: Sequence[Mapping[str, Any]], dimension: str | None = None) -> list[EventResult]:
         """One result per event, or per row of a dimension, in order; accepted ones are durable."""
@@ -284,7 +299,7 @@ class AsyncClient(_Connection):
         return await self._send(_rollout_start(version, policy, force, reason))
 
     async def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
-        """Pauses, resumes, approves or aborts the rollout that is under way."""
+        """Pauses, resumes, approves or aborts the rollout that is under way, or reverts to the previous champion."""
         return await self._send(_rollout_command(command, reason))
 
     async def _send(self, call: _Call[Answer]) -> Answer:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import orjson
 
 from cluster.alerts import Alerts
@@ -46,6 +47,7 @@ MAX_EVENTS = 10_000
 # Below this many instances the model is faster than the hop to another thread.
 _INLINE_INSTANCES = 16
 _MAX_KEY = 200
+_VARIANT, _CHAMPION, _CHALLENGER = "Tidegate-Variant", b"champion", b"challenger"
 
 
 class Gateway:
@@ -125,38 +127,52 @@ class Gateway:
     async def predict(self, scope: ASGIScope, receive: Receive) -> bytes:
         """Checks the key, reads the body, answers, logs."""
         self.keys.require(header(scope, b"authorization"), Scope.PREDICT)
-        given = _idempotency_key(scope)
+        given, variant = _idempotency_key(scope), _variant(scope)
         records = self.predictor.parse(await self._json(receive))
         serving, now, champion = self.follower.serving, self.clock.now(), self.predictor.champion
         if len(records) <= _INLINE_INSTANCES:
             prepared, prediction, took = champion(records, serving.champion, now)
         else:
             prepared, prediction, took = await asyncio.to_thread(champion, records, serving.champion, now)
-        if serving.trial is None:
+        if variant == _CHALLENGER and serving.trial is None:
+            raise Problem(409, "No version is being tried", f"Leave out {_VARIANT}, or ask for the champion.")
+        if serving.trial is None or variant == _CHAMPION:
             answered = self.predictor.compose(prepared, prediction, serving.champion.version)
             self.intake.predictions(answered.records())
         else:
-            answered = await self._tried(serving, given, prepared, prediction, took)
+            forced = variant == _CHALLENGER
+            answered = await self._tried(serving, serving.trial, given, forced, prepared, prediction, took)
         return orjson.dumps(answered.document)
 
     async def _tried(
-        self, serving: Serving, given: str | None, prepared: Prepared, prediction: Prediction, took: float
+        self,
+        serving: Serving,
+        trial: Trial,
+        given: str | None,
+        forced: bool,
+        prepared: Prepared,
+        prediction: Prediction,
+        took: float,
     ) -> Answered:
-        """The answers while a version is being tried; the log gets what both versions said."""
-        trial, champion = serving.trial, serving.champion.version
-        assert trial is not None
+        """The answers while a version is being tried; the log gets what both versions said.
+
+        A ``forced`` request is the challenger's in all its instances.
+        """
+        champion = serving.champion.version
         key = given or secrets.token_hex(8)
-        counted = given is None or trial.first_seen(given)
+        counted = not forced and (given is None or trial.first_seen(given))
         weight = trial.weight
-        assigned = trial.assign(key, len(prepared.records), weight)
-        asked = Asked(key, counted, prepared, partial(self._rows_of, trial, prepared), prediction, took)
+        count = len(prepared.records)
+        assigned = np.ones(count, dtype=bool) if forced else trial.assign(key, count, weight)
+        asked = Asked(key, counted, prepared, partial(self._rows_of, trial, prepared), prediction, took, forced)
         if assigned.any():
             chosen = await trial.choose(asked, assigned, weight)
             version = trial.challenger.version
             answered = self.predictor.compose(
                 prepared, chosen.prediction, champion, chosen.taken, version, chosen.tried
             )
-            self.intake.predictions(answered.records(chosen.other))
+            # Logged without the champion's answer, a request that its caller assigned is paired with none.
+            self.intake.predictions(answered.records(None if forced else chosen.other))
             return answered
         if weight > 0:
             trial.count_champion(asked, weight)
@@ -294,6 +310,14 @@ def _idempotency_key(scope: ASGIScope) -> str | None:
     if not given or len(given) > _MAX_KEY:
         raise Problem(400, "The idempotency key does not fit", f"Idempotency-Key takes 1 to {_MAX_KEY} bytes.")
     return given.decode("latin-1")
+
+
+def _variant(scope: ASGIScope) -> bytes | None:
+    """The version that a tester wants to be answered by; None for the one that the split gives."""
+    given = header(scope, b"tidegate-variant")
+    if given not in (None, _CHAMPION, _CHALLENGER):
+        raise Problem(400, "There is no such variant", f"{_VARIANT} takes champion or challenger.")
+    return given
 
 
 def header(scope: ASGIScope, name: bytes) -> bytes | None:

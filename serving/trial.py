@@ -129,7 +129,8 @@ def _count(counts: dict[float, list[int]], weight: float, challenger: bool) -> N
 class Asked:
     """A request of n instances that the champion has answered, in ``champion_s`` seconds inside its runner.
 
-    ``key`` places it in the split. ``counted`` is False for a request that must not be evidence (a repetition).
+    ``key`` places it in the split. ``counted`` is False for a request that must not be evidence (a repetition);
+    ``forced`` is one whose version its caller chose: nothing of it is counted, not even harm.
     ``tried`` makes the instances as the challenger is to have them, by the view of its own.
     """
 
@@ -139,6 +140,7 @@ class Asked:
     tried: Callable[[], Awaitable[Prepared]]
     champion: Prediction
     champion_s: float
+    forced: bool = False
 
     @property
     def evident(self) -> bool:
@@ -223,6 +225,9 @@ class Trial:
         if reply is not None and tried is not None:
             # What the champion's ladder refuses is refused for every version, and the challenger's own one for itself.
             taken[rows] = self._valid(reply.prediction) & prepared.usable[rows] & tried.usable[rows]
+        merged = _merge(champion, got, rows, taken, self._champion)
+        if asked.forced:
+            return merged
         harmed = int((assigned & ~taken & prepared.usable).sum())
         self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
@@ -237,7 +242,7 @@ class Trial:
                 self._judge(counts, weight, first, failed, took)
 
         self._tally.add(challenger.rollout, change)
-        return _merge(champion, got, rows, taken, self._champion)
+        return merged
 
     def count_champion(self, asked: Asked, weight: float) -> None:
         """Counts a request that the split left to the champion, at that ``weight``."""

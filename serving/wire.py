@@ -8,6 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.spec.release import ReleasePolicy
 
+Variant = Literal["champion", "challenger"]
+"""The version that a tester asks for."""
+VARIANT = "the version that is to answer, for testers: it is no evidence for or against a version that is being tried"
+IDEMPOTENCY_KEY = (
+    "the caller's name for the request: while a version is being tried, a repetition gets the same version"
+)
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -145,7 +152,10 @@ class RolloutEvidence(BaseModel):
 
 
 class RolloutStatus(BaseModel):
-    """Where the release stands. ``ended`` is the last version tried, ``outcome`` how that went."""
+    """Where the release stands. ``ended`` is the last version tried, ``outcome`` how that went.
+
+    ``reverted`` is a champion that was taken back to the version before it since the last rollout began.
+    """
 
     phase: str
     champion: str | None
@@ -157,6 +167,7 @@ class RolloutStatus(BaseModel):
     paused: bool
     outcome: str | None
     ended: str | None
+    reverted: str | None = None
     evidence: RolloutEvidence
     verdict: str | None = None
     reason: str | None = None

@@ -6,8 +6,9 @@ later.
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, time, timedelta
 from typing import Self
+from zoneinfo import ZoneInfo
 
 from pydantic import Field as PydanticField
 from pydantic import model_validator
@@ -60,6 +61,36 @@ class Labels(Spec):
         return self
 
 
+class Blackout(Spec):
+    """Hours in which no version gets more traffic; what hurts is withdrawn all the same.
+
+    From ``begin`` to ``end`` on the wall clock of ``zone``, on ``days`` (0 is Monday). An ``end`` that is not after
+    ``begin`` is of the following day.
+    """
+
+    begin: time
+    end: time
+    zone: str
+    days: tuple[int, ...] = tuple(range(7))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        ZoneInfo(self.zone)
+        if self.begin.tzinfo is not None or self.end.tzinfo is not None:
+            raise ValueError("begin and end of a blackout are times of its zone and carry none of their own")
+        if not self.days or not set(self.days) <= set(range(7)):
+            raise ValueError(f"days of a blackout are 0 (Monday) to 6, at least one; found {self.days}")
+        return self
+
+    def covers(self, now_us: int) -> bool:
+        """Whether the moment (microseconds since the Unix epoch) lies in one of them."""
+        local = datetime.fromtimestamp(now_us // 1_000_000, ZoneInfo(self.zone))
+        clock, today, yesterday = local.time(), local.weekday() in self.days, (local.weekday() - 1) % 7 in self.days
+        if self.begin < self.end:
+            return today and self.begin <= clock < self.end
+        return (today and clock >= self.begin) or (yesterday and clock < self.end)
+
+
 class SkewRule(Spec):
     """The skew audit that runs by itself, and pauses a rollout when a served value is not what its events make again.
 
@@ -82,7 +113,8 @@ class ReleasePolicy(Spec):
     ``disagreement`` is the declared rate of that. After ``harm_cap`` requests with harmed answers (the champion had to
     step in) or copies left unanswered the challenger is withdrawn at once; the cap is no part of alpha. A caller's
     request waits for the challenger at most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails
-    alone. A rollout that is not decided within ``patience`` ends as inconclusive. Without ``skew`` no audit runs by
+    alone. No stage begins and nothing is promoted in hours of ``blackouts``. A rollout that is not decided within
+    ``patience`` ends as inconclusive, but not while only a blackout holds it. Without ``skew`` no audit runs by
     itself; while nothing is being tried, it runs by the page's.
     """
 
@@ -99,6 +131,7 @@ class ReleasePolicy(Spec):
     labels: Labels | None = None
     skew: SkewRule | None = SkewRule()
     approval: bool = False
+    blackouts: tuple[Blackout, ...] = ()
     patience: timedelta = PydanticField(default=timedelta(days=30), gt=timedelta(0))
 
     @model_validator(mode="after")

@@ -34,6 +34,15 @@ APPLY_TIMEOUT_S = 15.0
 _LOOK_EVERY_S, _REQUESTS_EVERY_S = 2.0, 0.25
 
 
+COMMANDS = {
+    "pause": Kind.PAUSED,
+    "resume": Kind.RESUMED,
+    "approve": Kind.APPROVED,
+    "abort": Kind.ABORTED,
+    "revert": Kind.REVERTED,
+}
+
+
 def _salt() -> str:
     return secrets.token_hex(8)
 
@@ -116,12 +125,11 @@ class Controller:
             return self.table.model_dump(mode="json") if newer and self.table is not None else None
 
     def command(self, name: str, by: str, reason: str = "") -> None:
-        """An operator's word: pause, resume, approve or abort; raises ``NotAllowed`` when it does not fit."""
-        kinds = {"pause": Kind.PAUSED, "resume": Kind.RESUMED, "approve": Kind.APPROVED, "abort": Kind.ABORTED}
-        if name not in kinds:
-            raise NotAllowed(f"{name!r} is none of {', '.join(kinds)}")
+        """An operator's word, one of ``COMMANDS``; raises ``NotAllowed`` when it does not fit."""
+        if name not in COMMANDS:
+            raise NotAllowed(f"{name!r} is none of {', '.join(COMMANDS)}")
         with self._lock:
-            self._record(kinds[name], {"by": by, "reason": reason})
+            self._record(COMMANDS[name], {"by": by, "reason": reason})
             self._changed.notify_all()  # the next turn does what follows
 
     def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:

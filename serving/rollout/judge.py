@@ -70,6 +70,8 @@ def judge(policy: ReleasePolicy, state: State, evidence: Evidence, now_us: int) 
     if evidence.skew is not None:
         return verdict(Action.PAUSE, f"feature skew: {evidence.skew}", "skew")
     missing = _missing(policy, state, evidence, now_us, log_e, threshold)
+    if missing is None and any(blackout.covers(now_us) for blackout in policy.blackouts):
+        return verdict(Action.HOLD, "the stage is complete, and the next one waits for the end of a blackout")
     if missing is None:
         return verdict(Action.ADVANCE if not state.last_step else Action.PROMOTE, "the stage is complete")
     if late:

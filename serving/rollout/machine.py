@@ -41,6 +41,7 @@ class Kind(StrEnum):
     APPROVED = "approved"
     ROLLED_BACK = "rolled_back"
     ABORTED = "aborted"
+    REVERTED = "reverted"
     INCONCLUSIVE = "inconclusive"
     PROMOTION_BEGUN = "promotion_begun"
     PROMOTED = "promoted"
@@ -76,7 +77,7 @@ class State:
     ``rollout`` numbers a use case's rollouts from 1; ``salt`` is drawn for each, so that nobody can choose a key by the
     version it will find. ``outcome`` and ``ended`` (that version) are of the last one that ended, ``request`` is the
     release request of the last one that began. ``refused`` is the version whose request ``refused_request`` was refused
-    since then, the last one if there were several.
+    since then, the last one if there were several. ``reverted`` is a champion that was taken back since then.
     """
 
     phase: Phase = Phase.EMPTY
@@ -94,6 +95,7 @@ class State:
     ended: str | None = None
     refused: str | None = None
     refused_request: int | None = None
+    reverted: str | None = None
 
     @property
     def weight(self) -> float:
@@ -139,6 +141,7 @@ def _started(state: State, event: Payload) -> State:
         ended=None,
         refused=None,
         refused_request=None,
+        reverted=None,
     )
 
 
@@ -188,6 +191,14 @@ def _promoted(state: State, event: Payload) -> State:
     return replace(ended, champion=state.challenger, previous=state.champion)
 
 
+def _reverted(state: State, event: Payload) -> State:
+    """Back to the previous version, whatever is being tried. Then none is kept: who says it twice says it once."""
+    if state.previous is None:
+        raise NotAllowed(f"no version is kept that version {state.champion} could be taken back to")
+    back = replace(state, champion=state.previous, previous=None, reverted=state.champion)
+    return back if state.phase in (Phase.IDLE, Phase.WITHDRAWING) else _ends(Outcome.ABORTED)(back, event)
+
+
 def _withdrawn(state: State, _: Payload) -> State:
     return replace(state, phase=Phase.IDLE, challenger=None, weights=(), step=-1, approved=False)
 
@@ -196,6 +207,7 @@ _STOPPED = {
     Kind.ROLLED_BACK: _ends(Outcome.ROLLED_BACK),
     Kind.FAILED: _ends(Outcome.ROLLED_BACK),
     Kind.ABORTED: _ends(Outcome.ABORTED),
+    Kind.REVERTED: _reverted,
 }
 _TRIED = {
     **_STOPPED,
@@ -210,7 +222,7 @@ _TRIED = {
 
 TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
     Phase.EMPTY: {Kind.ADOPTED: _adopted},
-    Phase.IDLE: {Kind.STARTED: _started, Kind.REFUSED: _refused},
+    Phase.IDLE: {Kind.STARTED: _started, Kind.REFUSED: _refused, Kind.REVERTED: _reverted},
     Phase.STARTING: {**_STOPPED, Kind.SKEW: _same, Kind.READY: _ready},
     Phase.SHADOW: {**_TRIED, Kind.ADVANCED: _advanced},
     Phase.CANARY: {**_TRIED, Kind.ADVANCED: _advanced, Kind.PROMOTION_BEGUN: _promotion_begun},
@@ -221,7 +233,7 @@ TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
         Kind.SKEW: _same,
         Kind.PROMOTED: _promoted,
     },
-    Phase.WITHDRAWING: {Kind.EVIDENCE: _same, Kind.WITHDRAWN: _withdrawn},
+    Phase.WITHDRAWING: {Kind.EVIDENCE: _same, Kind.REVERTED: _reverted, Kind.WITHDRAWN: _withdrawn},
 }
 
 
@@ -254,8 +266,8 @@ def snapshot(state: State) -> dict[str, Any]:
     """An idle state as the payload from which ``restored`` makes it again."""
     if state.phase is not Phase.IDLE:
         raise ValueError(f"only an idle state is kept whole, not one that is {state.phase}")
-    kept = ("champion", "previous", "rollout", "salt", "request", "outcome", "ended", "refused", "refused_request")
-    return {name: getattr(state, name) for name in kept}
+    kept = ("champion", "previous", "rollout", "salt", "request", "outcome", "ended")
+    return {name: getattr(state, name) for name in (*kept, "refused", "refused_request", "reverted")}
 
 
 def restored(payload: Payload) -> State:

@@ -58,7 +58,7 @@ class Rollouts:
             raise Problem(409, "The release cannot be asked for", str(error)) from error
 
     def command(self, name: str, *, by: str, reason: str) -> dict[str, Any]:
-        """Pause, resume, approve or abort; raises ``Problem`` 409 when that does not fit, 503 without a controller."""
+        """One of the controller's ``COMMANDS``; ``Problem`` 409 when it does not fit, 503 without a controller."""
         try:
             ray.get(actor.handle(self._usecase).command.remote(name, by, reason), timeout=_CALL_S)
         except NotAllowed as error:

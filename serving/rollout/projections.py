@@ -43,6 +43,7 @@ def describe(situation: Situation, now_us: int) -> dict[str, Any]:
         "paused": state.paused,
         "outcome": state.outcome,
         "ended": state.ended,
+        "reverted": state.reverted,
         "evidence": {
             "challenger_requests": evidence.challenger_requests(),
             "served": evidence.served,
@@ -66,16 +67,19 @@ def aliases(state: State) -> dict[str, str]:
 
 def alerts(state: State) -> dict[str, str]:
     """The alerts that belong to a state, by name and detail."""
+    found = {}
+    if state.reverted is not None:
+        found["champion_reverted"] = f"version {state.champion} answers in place of {state.reverted}; see the journal"
     if state.paused:
-        return {"rollout_paused": f"the rollout of version {state.challenger} waits for somebody to look at it"}
-    if state.outcome in (Outcome.ROLLED_BACK, Outcome.INCONCLUSIVE):
-        return {f"rollout_{state.outcome}": f"version {state.ended}; the journal says why"}
-    return {}
+        found["rollout_paused"] = f"the rollout of version {state.challenger} waits for somebody to look at it"
+    elif state.outcome in (Outcome.ROLLED_BACK, Outcome.INCONCLUSIVE):
+        found[f"rollout_{state.outcome}"] = f"version {state.ended}; the journal says why"
+    return found
 
 
 WAITING = "rollout_waiting"
 """The alert of a challenger that runs and waits for the state of its view; no state of the rollout has it."""
-ALERTS = ("rollout_paused", "rollout_rolled_back", "rollout_inconclusive", WAITING)
+ALERTS = ("champion_reverted", "rollout_paused", "rollout_rolled_back", "rollout_inconclusive", WAITING)
 
 
 def document(situation: Situation) -> dict[str, Any] | None:

@@ -256,6 +256,7 @@ STEPS = {
     "resume": lambda play: play.command("resume"),
     "approve": lambda play: play.command("approve"),
     "abort": lambda play: play.command("abort"),
+    "revert": lambda play: play.command("revert"),
     "ask": lambda play: play.ask(),
     "ask oddly": lambda play: play.ask(odd=True),
     "settle": lambda play: play.settle(),
@@ -270,6 +271,8 @@ STORIES = [
     [*SHADOWED, "copies", "wait", "settle", "errors", "pause", "ask", "settle", "pause", "resume", "approve", "abort"],
     [*SHADOWED, "copies", "wait", "settle", "worse", "abort", "ask"],
     [*SHADOWED, "skew", "copies", "wait", "settle", "resume"],
+    ["settle", *APPROVED, "revert", "revert", "ask", "settle", "copies", "wait", "settle", "abort", "settle", "revert"],
+    ["settle", *APPROVED, "ask", "settle", "revert", "settle", "ask", "settle"],
     ["settle", "ask oddly", "ask oddly", "ask", "settle", "abort", "settle", "ask oddly"],
 ]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, time, timedelta
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
 
-from pipelines.spec import CanaryStep, Labels, ReleasePolicy, Shadow
+from pipelines.spec import Blackout, CanaryStep, Labels, ReleasePolicy, Shadow
 from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Evidence, Report, Skew
 from serving.rollout.judge import Action, judge
@@ -206,7 +207,58 @@ def test_an_approval_gate_holds_the_last_step_until_somebody_approves():
     assert judge(policy, CANARY, HEALTHY, LATER).action is Action.ADVANCE
 
 
+def at(day: int, hour: int, minute: int = 0) -> int:
+    """A moment of Rome's wall clock in a March whose 29th, a Sunday, has no time between 2:00 and 3:00."""
+    return int(datetime(2026, 3, day, hour, minute, tzinfo=ZoneInfo("Europe/Rome")).timestamp()) * 1_000_000
+
+
+NIGHTS = Blackout(begin=time(22), end=time(6), zone="Europe/Rome", days=(4, 5))  # from Friday and from Saturday on
+NOON = Blackout(begin=time(12), end=time(13, 30), zone="Europe/Rome", days=(0,))
+WHOLE = Blackout(begin=time(0), end=time(0), zone="Europe/Rome", days=(6,))
+
+
+@pytest.mark.parametrize(
+    ("blackout", "moment", "covered"),
+    [
+        (NIGHTS, at(27, 21, 59), False),
+        (NIGHTS, at(27, 22), True),
+        (NIGHTS, at(28, 5, 59), True),
+        (NIGHTS, at(28, 6), False),
+        (NIGHTS, at(29, 3), True),
+        (NIGHTS, at(29, 5, 59), True),
+        (NIGHTS, at(29, 6), False),
+        (NIGHTS, at(29, 23), False),
+        (NIGHTS, at(27, 3), False),
+        (NOON, at(30, 12), True),
+        (NOON, at(30, 13, 29), True),
+        (NOON, at(30, 13, 30), False),
+        (NOON, at(31, 12), False),
+        (WHOLE, at(28, 23, 59), False),
+        (WHOLE, at(29, 0), True),
+        (WHOLE, at(29, 23, 59), True),
+        (WHOLE, at(30, 0), False),
+    ],
+)
+def test_a_blackout_follows_the_wall_clock_of_its_zone(blackout, moment, covered):
+    assert blackout.covers(moment) is covered
+
+
+def test_in_a_blackout_no_stage_begins_and_what_hurts_is_withdrawn_all_the_same():
+    night, after = at(28, 2), at(28, 6)
+    policy = POLICY.model_copy(update={"blackouts": (NOON, NIGHTS), "labels": None})
+    seen = replace(HEALTHY, started_us=night - 100 * 24 * HOUR)
+    for state, action in ((SHADOW, Action.ADVANCE), (CANARY, Action.ADVANCE), (LAST, Action.PROMOTE)):
+        held = judge(policy, state, seen, night)
+        assert (held.action, "blackout" in held.reason) == (Action.HOLD, True)
+        assert judge(policy, state, seen, after).action is action
+        assert judge(policy, state, replace(seen, errors={0.1: (6, 0)}), night).action is Action.ROLL_BACK
+
+
 def test_a_policy_that_cannot_be_held_to_is_refused():
+    with pytest.raises(ValueError, match="0 \\(Monday\\) to 6"):
+        Blackout(begin=time(1), end=time(2), zone="UTC", days=(7,))
+    with pytest.raises(ValueError, match="carry none of their own"):
+        Blackout(begin=time(1, tzinfo=UTC), end=time(2), zone="UTC")
     with pytest.raises(ValueError, match="rising weights"):
         ReleasePolicy(steps=(CanaryStep(weight=0.5), CanaryStep(weight=0.1)))
     with pytest.raises(ValueError, match="unknown guardrails"):

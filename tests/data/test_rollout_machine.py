@@ -29,10 +29,12 @@ PAYLOAD = {
     Kind.ADVANCED: {"step": 0},
     Kind.REFUSED: {"version": "3", "request_sequence": 9, "reason": "odd"},
 }
+BACK = {"champion": "0", "previous": None, "reverted": "1"}
 STOPS = {
     Kind.ROLLED_BACK: lambda s: withdrawing(s, Outcome.ROLLED_BACK),
     Kind.FAILED: lambda s: withdrawing(s, Outcome.ROLLED_BACK),
     Kind.ABORTED: lambda s: withdrawing(s, Outcome.ABORTED),
+    Kind.REVERTED: lambda s: withdrawing(s, Outcome.ABORTED, **BACK),
 }
 TRIED = {
     **STOPS,
@@ -49,6 +51,7 @@ EXPECTED = {
     Phase.IDLE: {
         Kind.STARTED: lambda _: STARTING,
         Kind.REFUSED: lambda s: replace(s, refused="3", refused_request=9),
+        Kind.REVERTED: lambda s: replace(s, **BACK),
     },
     Phase.STARTING: {**STOPS, Kind.SKEW: lambda s: s, Kind.READY: lambda _: SHADOW},
     Phase.SHADOW: {**TRIED, Kind.ADVANCED: lambda _: CANARY},
@@ -66,6 +69,7 @@ EXPECTED = {
     },
     Phase.WITHDRAWING: {
         Kind.EVIDENCE: lambda s: s,
+        Kind.REVERTED: lambda s: replace(s, **BACK),
         Kind.WITHDRAWN: lambda s: replace(s, phase=Phase.IDLE, challenger=None, weights=(), step=-1),
     },
 }
@@ -75,6 +79,8 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", Kind)
 def test_every_transition(phase, kind):
     state, wanted = STATES[phase], EXPECTED[phase].get(kind)
+    if kind is Kind.REVERTED:
+        state = replace(state, previous="0")
     payload = {"step": 1} if (phase, kind) == (Phase.CANARY, Kind.ADVANCED) else PAYLOAD.get(kind, {})
     if wanted is None:
         with pytest.raises(NotAllowed, match=f"{kind} does not fit a release that is {phase}"):
@@ -94,6 +100,18 @@ def test_a_step_cannot_be_left_out_repeated_or_passed():
 def test_a_paused_rollout_is_not_promoted():
     with pytest.raises(NotAllowed, match="resume it first"):
         step(replace(LAST, paused=True), Kind.PROMOTION_BEGUN, {})
+
+
+@pytest.mark.parametrize("phase", EXPECTED)
+def test_a_champion_is_taken_back_once(phase):
+    if phase is Phase.EMPTY:
+        return
+    back = step(replace(STATES[phase], previous="0"), Kind.REVERTED, {})
+    for state in (STATES[phase], back):
+        with pytest.raises(NotAllowed, match=f"no version is kept that version {state.champion} could"):
+            step(state, Kind.REVERTED, {})
+    began = step(replace(IDLE, reverted="5"), Kind.STARTED, PAYLOAD[Kind.STARTED])
+    assert began.reverted is None
 
 
 def test_the_weight_is_that_of_the_step_and_nothing_before_and_after():
@@ -123,7 +141,8 @@ def test_the_table_comes_first_and_a_challenger_is_kept_running_while_it_is_trie
 
 
 def test_an_idle_state_comes_back_from_what_is_kept_of_it():
-    idle = step(WITHDRAWING, Kind.WITHDRAWN, {})
+    idle = step(step(replace(WITHDRAWING, previous="0"), Kind.REVERTED, {}), Kind.WITHDRAWN, {})
+    assert idle.reverted == "1"
     assert restored(json.loads(json.dumps(snapshot(idle)))) == idle
     with pytest.raises(ValueError, match="only an idle state"):
         snapshot(CANARY)

@@ -272,6 +272,16 @@ def test_after_the_cap_of_harmed_requests_the_challenger_is_asked_no_more():
     assert (report.harmed, report.accidents) == (51, 2)
 
 
+@pytest.mark.parametrize("ask", [good, errs, hangs, nan])
+def test_a_request_whose_version_the_caller_chose_counts_for_nothing(ask):
+    one, tally = trial(ask, harm_cap=1, weight=0.0)
+    chosen = asyncio.run(one.choose(asked(2, forced=True, counted=False), np.ones(2, dtype=bool), 0.0))
+    assert chosen.prediction.value.tolist() == ([11.0, 11.0] if ask is good else [10.0, 10.0])
+    assert tally.report() is None
+    one.follow(challenger(harm_cap=1))
+    assert one.weight == 0.5, "harm that a tester asked for does not use up the cap"
+
+
 def test_what_the_ladder_refuses_no_challenger_answers():
     one, tally = trial(good, weight=1.0)
     this = asked(2)

@@ -141,6 +141,52 @@ def test_promotions_and_rollbacks_under_load_fail_no_request(demo, client, load)
     assert replicas(demo, "aqua-challenger") == []
 
 
+@pytest.mark.timeout(240)
+def test_one_call_takes_the_champion_back_and_withdraws_what_is_being_tried(demo, client, load):
+    before, good, tried = client.rollout().champion, copy(demo, client), copy(demo, client)
+    client.rollout_start(good, policy=QUICK)
+    assert finished(client, good) == "promoted"
+    client.rollout_start(tried, policy=LONG)
+    answering(client, tried)
+    assert client.rollout_command("revert", "it hurts").champion == before
+
+    def went_back() -> bool:
+        load.versions.clear()
+        time.sleep(0.3)
+        return load.versions == {before}
+
+    until(went_back, "every gateway answers from the version before", 10)
+    assert finished(client, tried) == "aborted"
+    status = client.rollout()
+    assert (status.champion, status.previous, status.reverted) == (before, None, good)
+    until(lambda: Registry(demo.settings).aliases("aqua") == {"champion": before}, "MLflow shows it")
+    with pytest.raises(TidegateError, match="no version is kept"):
+        client.rollout_command("revert", "once more")
+
+
+@pytest.mark.timeout(240)
+def test_a_tester_chooses_the_version_and_that_is_no_evidence(demo, client):
+    champion, version = client.rollout().champion, copy(demo, client)
+    with pytest.raises(TidegateError, match="409 No version is being tried"):
+        client.predict([INSTANCE], variant="challenger")
+    client.rollout_start(version, policy=LONG)
+    until(lambda: client.rollout().phase == "shadow", f"{version} is tried", 90)
+
+    def tried() -> bool:
+        with contextlib.suppress(TidegateError):  # a gateway that does not follow its table yet
+            return client.predict([INSTANCE], variant="challenger")[0].model_version == version
+        return False
+
+    until(tried, "a tester gets it before any caller does", 60)
+    for variant, wanted in (("challenger", version), ("champion", champion)):
+        answers = [client.predict([INSTANCE, INSTANCE], variant=variant) for _ in range(20)]
+        assert {answer.model_version for pair in answers for answer in pair} == {wanted}
+    evidence = client.rollout().evidence
+    assert (evidence.challenger_requests, evidence.served, evidence.copies) == (0, 0, 0)
+    client.rollout_command("abort", "the test is over")
+    assert finished(client, version) == "aborted"
+
+
 def commanded(demo, version: str) -> list[tuple[str, str, str]]:
     """What people did to the rollout of a version, as the journal tells it: what, who and why."""
     entries = Journal(Database(demo.settings.database_url), "aqua").read()
