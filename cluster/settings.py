@@ -81,6 +81,7 @@ class Settings(BaseModel):
     body_limit: int = Field(default=4 * 1024 * 1024, ge=1)
     num_cpus: int | None = Field(default=None, ge=1)
     api_keys: str | None = Field(default=None, repr=False)
+    keys_file: Path | None = None
     drills: Path | None = None
 
     @field_validator("home", "state_dir")
@@ -97,7 +98,7 @@ class Settings(BaseModel):
             check_url(url)
         return url
 
-    @field_validator("drills")
+    @field_validator("drills", "keys_file")
     @classmethod
     def _absolute_if_any(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()

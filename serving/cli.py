@@ -91,7 +91,7 @@ def _up(_: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     running = session.up(settings, say=print)
     session.disconnect()
-    if settings.api_keys is None:
+    if settings.api_keys is None and settings.keys_file is None:
         owner_key(settings)
         print(f"API key: {settings.api_key_file}")
     print(f"up: HTTP {running.http}, jobs {running.dashboard}")
@@ -157,7 +157,8 @@ def _rollout(options: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     running = session.current(settings)
     url = os.environ.get("TIDEGATE_URL") or (running.http if running else None)
-    key = os.environ.get("TIDEGATE_API_KEY") or (owner_key(settings) if settings.api_keys is None else None)
+    generated = settings.api_keys is None and settings.keys_file is None
+    key = os.environ.get("TIDEGATE_API_KEY") or (owner_key(settings) if generated else None)
     try:
         with Client(options.usecase, url=url, api_key=key) as client:
             match options.action:

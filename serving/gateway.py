@@ -256,7 +256,7 @@ class Gateway:
     def failures(self) -> list[str]:
         """What keeps this replica from answering as it should. A state that no champion needs yet is nothing of it."""
         drains = (drain.failure for drain in self._drains)
-        found = (*drains, self.follower.failure, self.watch.failure)
+        found = (*drains, self.follower.failure, self.watch.failure, self.keys.failure)
         return [str(failure) for failure in found if failure]
 
     def check(self) -> None:

@@ -41,6 +41,7 @@ SETTINGS = st.fixed_dictionaries(
         "body_limit": st.integers(1, 10**9),
         "num_cpus": st.none() | st.integers(1, 512),
         "api_keys": st.none() | TEXT,
+        "keys_file": st.none() | st.builds("/etc/{}.json".format, WORD).map(Path),
     },
 )
 

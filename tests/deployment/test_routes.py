@@ -23,6 +23,7 @@ ROUTES = [
     ("POST", "/v1/aqua/rollout/resume", Scope.RELEASE),
     ("POST", "/v1/aqua/rollout/approve", Scope.RELEASE),
     ("POST", "/v1/aqua/rollout/abort", Scope.RELEASE),
+    ("POST", "/v1/aqua/rollout/revert", Scope.RELEASE),
 ]
 BODIES = {"start": {"version": "2"}, "feedback": {"outcomes": [{"prediction_id": "p", "value": 1.0}]}}
 
