@@ -282,6 +282,13 @@ class Database:
             found = connection.execute(select(RELEASES.c.version).where(*mine).order_by(RELEASES.c.sequence))
             return list(found.scalars())
 
+    def newest_release(self, usecase: str, after: int) -> str | None:
+        """The version of the newest open request with a sequence above ``after``; None when there is none."""
+        mine = (RELEASES.c.usecase == usecase, RELEASES.c.status == "open", RELEASES.c.sequence > after)
+        newest = select(RELEASES.c.version).where(*mine).order_by(RELEASES.c.sequence.desc()).limit(1)
+        with self.read() as connection:
+            return connection.execute(newest).scalar()
+
     def __reduce__(self) -> tuple[type[Database], tuple[str]]:
         return Database, (self.url,)
 

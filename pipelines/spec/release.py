@@ -114,8 +114,9 @@ class ReleasePolicy(Spec):
     step in) or copies left unanswered the challenger is withdrawn at once; the cap is no part of alpha. A caller's
     request waits for the challenger at most ``deadline_ms``. Without ``labels`` a version is promoted on its guardrails
     alone. No stage begins and nothing is promoted in hours of ``blackouts``. A rollout that is not decided within
-    ``patience`` ends as inconclusive, but not while only a blackout holds it. Without ``skew`` no audit runs by
-    itself; while nothing is being tried, it runs by the page's.
+    ``patience`` ends as inconclusive, but not while only a blackout holds it. When the release of a further version is
+    asked for, it waits; with ``supersede`` it takes the place of one that is in shadow or canary. Without ``skew`` no
+    audit runs by itself; while nothing is being tried, it runs by the page's.
     """
 
     shadow: Shadow = Shadow()
@@ -131,6 +132,7 @@ class ReleasePolicy(Spec):
     labels: Labels | None = None
     skew: SkewRule | None = SkewRule()
     approval: bool = False
+    supersede: bool = False
     blackouts: tuple[Blackout, ...] = ()
     patience: timedelta = PydanticField(default=timedelta(days=30), gt=timedelta(0))
 

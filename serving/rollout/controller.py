@@ -310,7 +310,18 @@ class Controller:
             self._seen.looked = self._real()
         return due
 
+    def _superseded(self, state: State) -> bool:
+        """Ends a trial whose policy gives way to a version whose release was asked for later."""
+        if state.request is None or not self.situation.policy.supersede:
+            return False
+        newer = self._world.asked_after(state.request)
+        if newer is not None:
+            self._record(Kind.SUPERSEDED, {"reason": f"the release of version {newer} was asked for after it"})
+        return newer is not None
+
     def _observe_start(self, state: State) -> None:
+        if self._due(_LOOK_EVERY_S) and self._superseded(state):
+            return
         standing, why = self._world.standing(state.challenger or "")
         if standing is Standing.RUNNING:
             lacking = self._world.lacking(state.champion or "", state.challenger or "")
@@ -327,7 +338,7 @@ class Controller:
             self._record(Kind.FAILED, {"reason": f"it was not ready within {START_TIMEOUT_S:g} s: {why}"})
 
     def _observe_trial(self, state: State) -> None:
-        if not self._due(_LOOK_EVERY_S):
+        if not self._due(_LOOK_EVERY_S) or self._superseded(state):
             return
         if self._world.standing(state.challenger or "")[0] is not Standing.ABSENT:
             self._seen.absent = None

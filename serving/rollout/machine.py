@@ -42,6 +42,7 @@ class Kind(StrEnum):
     ROLLED_BACK = "rolled_back"
     ABORTED = "aborted"
     REVERTED = "reverted"
+    SUPERSEDED = "superseded"
     INCONCLUSIVE = "inconclusive"
     PROMOTION_BEGUN = "promotion_begun"
     PROMOTED = "promoted"
@@ -54,6 +55,7 @@ class Outcome(StrEnum):
     PROMOTED = "promoted"
     ROLLED_BACK = "rolled_back"
     ABORTED = "aborted"
+    SUPERSEDED = "superseded"
     INCONCLUSIVE = "inconclusive"
 
 
@@ -217,13 +219,19 @@ _TRIED = {
     Kind.PAUSED: _paused,
     Kind.RESUMED: _resumed,
     Kind.APPROVED: _approved,
+    Kind.SUPERSEDED: _ends(Outcome.SUPERSEDED),
     Kind.INCONCLUSIVE: _ends(Outcome.INCONCLUSIVE),
 }
 
 TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
     Phase.EMPTY: {Kind.ADOPTED: _adopted},
     Phase.IDLE: {Kind.STARTED: _started, Kind.REFUSED: _refused, Kind.REVERTED: _reverted},
-    Phase.STARTING: {**_STOPPED, Kind.SKEW: _same, Kind.READY: _ready},
+    Phase.STARTING: {
+        **_STOPPED,
+        Kind.SKEW: _same,
+        Kind.READY: _ready,
+        Kind.SUPERSEDED: _ends(Outcome.SUPERSEDED),
+    },
     Phase.SHADOW: {**_TRIED, Kind.ADVANCED: _advanced},
     Phase.CANARY: {**_TRIED, Kind.ADVANCED: _advanced, Kind.PROMOTION_BEGUN: _promotion_begun},
     Phase.PROMOTING: {

@@ -107,6 +107,10 @@ class ServeWorld:
         """The oldest release request, claimed; claims end in real time, for they guard against dead processes."""
         return self._database.claim_release(self._usecase, self._holder, _CLAIM_S, SystemClock().now())
 
+    def asked_after(self, request: int) -> str | None:
+        """The newest version whose release was asked for after that request; None when there is none."""
+        return self._database.newest_release(self._usecase, request)
+
     def gateways(self) -> list[str]:
         """The gateways that hold a lease."""
         return self._database.live_leases(gateway_lease(self._usecase, ""), SystemClock().now())

@@ -57,6 +57,10 @@ class World(Protocol):
         """The oldest release request, claimed."""
         ...
 
+    def asked_after(self, request: int) -> str | None:
+        """A version whose release was asked for after that request and has not begun; None when there is none."""
+        ...
+
     def gateways(self) -> list[str]:
         """The gateways that hold a lease."""
         ...

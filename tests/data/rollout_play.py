@@ -22,6 +22,7 @@ from serving.routing import RoutingTable
 
 USE_CASE = usecases.load("aqua")
 CAUTIOUS = USE_CASE.model_copy(update={"release": USE_CASE.release.model_copy(update={"approval": True})})
+YIELDING = USE_CASE.model_copy(update={"release": USE_CASE.release.model_copy(update={"supersede": True})})
 HOUR = 3_600_000_000
 GATEWAY = "here:1:aa"
 
@@ -116,6 +117,10 @@ class FakeWorld:
             return None
         payload = {"policy": {"mood": "bad"}} if self.open[0] in self.odd else {"gates": []}
         return ReleaseRequest("aqua", self.open[0], payload, 0, int(self.open[0]))
+
+    def asked_after(self, request: int) -> str | None:
+        later = [version for version in self.open if int(version) > request]
+        return later[-1] if later else None
 
     def gateways(self) -> list[str]:
         return [GATEWAY]

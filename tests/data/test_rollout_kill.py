@@ -26,6 +26,7 @@ from tests.data.rollout_play import (
     STORIES,
     USE_CASE,
     USUAL,
+    YIELDING,
     FakeWorld,
     FragileJournal,
     Lasting,
@@ -50,7 +51,7 @@ def database(tmp_path_factory) -> Database:
     steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=14) | st.sampled_from([USUAL, USUAL * 2, APPROVED]),
     gaps=st.lists(st.integers(1, 9), max_size=16),
     broken=st.sampled_from([frozenset(), frozenset({"2"})]),
-    use_case=st.sampled_from([USE_CASE, CAUTIOUS]),
+    use_case=st.sampled_from([USE_CASE, CAUTIOUS, YIELDING]),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_killed_controller_ends_where_it_would_have_ended(database, steps, gaps, broken, use_case):
@@ -100,6 +101,20 @@ def test_a_version_that_needs_approval_is_promoted_only_with_it(database):
     assert waiting.controller.state.phase is Phase.CANARY
     approved = play_out(database, "approved", ["settle", *APPROVED], [], frozenset(), CAUTIOUS)
     assert approved.controller.state.champion == "2"
+
+
+def test_a_version_asked_for_later_waits_or_takes_the_place_as_the_policy_says(database):
+    steps = ["settle", "ask", "settle", "ask", "ask", "settle", "settle"]
+    waits = play_out(database, "waits", steps, [], frozenset())
+    assert (waits.controller.state.challenger, waits.world.open) == ("2", ["2", "3", "4"])
+    takes = play_out(database, "takes", steps, [], frozenset(), YIELDING)
+    assert (takes.controller.state.challenger, takes.world.open) == ("4", ["4"])
+    assert takes.world.closed == {"1": "promoted", "2": "superseded", "3": "superseded"}
+    assert takes.world.alerts == {}
+    begun = [e.payload["version"] for e in takes.journal.read() if e.kind == Kind.STARTED]
+    assert begun == ["2", "3", "4"]
+    told = [e.payload["reason"] for e in takes.journal.read() if e.kind == Kind.SUPERSEDED]
+    assert told == [f"the release of version {newer} was asked for after it" for newer in (4, 4)]
 
 
 def test_a_report_sent_twice_counts_once_and_a_lost_one_is_noticed(database):

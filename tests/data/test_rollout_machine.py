@@ -39,6 +39,7 @@ STOPS = {
 TRIED = {
     **STOPS,
     Kind.INCONCLUSIVE: lambda s: withdrawing(s, Outcome.INCONCLUSIVE),
+    Kind.SUPERSEDED: lambda s: withdrawing(s, Outcome.SUPERSEDED),
     Kind.EVIDENCE: lambda s: s,
     Kind.LABELS: lambda s: s,
     Kind.SKEW: lambda s: s,
@@ -53,7 +54,12 @@ EXPECTED = {
         Kind.REFUSED: lambda s: replace(s, refused="3", refused_request=9),
         Kind.REVERTED: lambda s: replace(s, **BACK),
     },
-    Phase.STARTING: {**STOPS, Kind.SKEW: lambda s: s, Kind.READY: lambda _: SHADOW},
+    Phase.STARTING: {
+        **STOPS,
+        Kind.SKEW: lambda s: s,
+        Kind.READY: lambda _: SHADOW,
+        Kind.SUPERSEDED: lambda s: withdrawing(s, Outcome.SUPERSEDED),
+    },
     Phase.SHADOW: {**TRIED, Kind.ADVANCED: lambda _: CANARY},
     Phase.CANARY: {
         **TRIED,

@@ -121,6 +121,12 @@ def test_keys_are_changed_in_their_file_while_the_gateway_runs(home):
     file.write_text(json.dumps(listed(NEW)))
     clock.time += 1
     assert (may(keys, OLD), may(keys, NEW), keys.failure) == (401, 200, None)
+    aside = file.rename(home / "aside.json")
+    clock.time += 1
+    assert (may(keys, NEW), keys.failure is None) == (200, False)
+    aside.rename(file)
+    clock.time += 1
+    assert (may(keys, NEW), keys.failure) == (200, None)
 
 
 def test_the_generated_key_is_changed_in_its_file_too(home):
@@ -193,6 +199,7 @@ def test_within_any_time_no_more_is_taken_than_the_limit_says_and_no_less_after_
         if wait_s == 0:
             taken.append(now)
         else:
+            assert limit.take(now + 0.99 * wait_s) > 0
             now += wait_s + 1e-9
             assert limit.take(now) == 0
             taken.append(now)
