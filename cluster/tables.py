@@ -278,7 +278,7 @@ class Tables:
         except TableNotFoundError:
             if version is not None:  # unless there is no table at all, which this finds out
                 raise _no_version(name, version, self.version(name)) from None
-            raise TableNotFoundError(f"no table {name!r} below {self.url}: ensure() creates it") from None
+            raise TableNotFoundError(f"there is no table {name!r} below {self.url} yet") from None
         except DeltaError:
             if version is None or version <= (newest := self.version(name)):
                 raise

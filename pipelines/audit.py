@@ -24,6 +24,7 @@ from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
+from pipelines.commands import explained
 from pipelines.contracts.events import INSTANT, buckets_of
 from pipelines.features.online import OnlineState
 from pipelines.features.served import predictions_table
@@ -96,11 +97,14 @@ def fetched_columns(use_case: UseCase, settings: Settings) -> Callable[[str], Se
     return columns
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The job's entry point; settings come from the environment."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.audit", description=__doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipelines.audit") -> int:
+    """The job's entry point; settings come from the environment.
+
+    0 when all agree, 1 when some differ, 3 when there was nothing to audit.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("use_case", choices=usecases.names())
-    parser.add_argument("--hours", type=float, default=24.0, help="how far back, on the cluster's clock (default 24)")
+    parser.add_argument("--hours", type=_hours, default=24.0, help="how far back, on the cluster's clock (default 24)")
     parser.add_argument("--share", type=_share, default=0.05, help="of the predictions, above 0, at most 1 (0.05)")
     parser.add_argument("--rows", type=int, help="audit a smaller share, so that there are about so many")
     chosen = parser.parse_args(arguments)
@@ -108,23 +112,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     database = Database(settings.database_url)
     database.create()
     use_case = usecases.load(chosen.use_case)
-    views = open_views(settings, use_case)
-    report = audit_lately(
-        use_case,
-        tables=Tables(settings.tables_url, settings.storage_options),
-        database=database,
-        states=views.states,
-        clock=open_clock(settings),
-        lately=timedelta(hours=chosen.hours),
-        share=chosen.share,
-        rows=chosen.rows,
-        columns=fetched_columns(use_case, settings),
-    )
-    views.close()
+    with explained(use_case.name):
+        views = open_views(settings, use_case)
+        report = audit_lately(
+            use_case,
+            tables=Tables(settings.tables_url, settings.storage_options),
+            database=database,
+            states=views.states,
+            clock=open_clock(settings),
+            lately=timedelta(hours=chosen.hours),
+            share=chosen.share,
+            rows=chosen.rows,
+            columns=fetched_columns(use_case, settings),
+        )
+        views.close()
     database.close()
     # orjson writes null for NaN, which json would write as what is no JSON.
     sys.stdout.write(orjson.dumps(asdict(report)).decode() + "\n")
     return DIFFERS if report.mismatched else AGREES if report.checked else NOTHING
+
+
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not 0 < hours < 1e6:
+        raise argparse.ArgumentTypeError(f"hours are above 0 and below a million, not {text}")
+    return hours
 
 
 def _share(text: str) -> float:

@@ -23,6 +23,7 @@ from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
+from pipelines.commands import explained
 from pipelines.contracts.enforce import events_table
 from pipelines.contracts.events import BUCKET, EVENT_ID, INSTANT, KNOWN_AT, events_schema, log_identities
 from pipelines.contracts.leases import events_lease
@@ -132,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.only_state and not options.materialize:
         parser.error("--only-state goes with --materialize")
+    with explained(options.use_case):
+        sys.stdout.write(json.dumps(_run(options)) + "\n")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, object]:
     settings = Settings.from_environment()
     use_case = usecases.load(options.use_case)
     tables = Tables(settings.tables_url, settings.storage_options)
@@ -161,8 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             clock=open_clock(settings),
         )
         report["state"] = asdict(state)
-    sys.stdout.write(json.dumps(report) + "\n")
-    return 0
+    return report
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from cluster.filesystems import open_filesystem
 from cluster.settings import Settings
 from cluster.tables import DataFile, Tables
 from pipelines import usecases
+from pipelines.commands import explained
 from pipelines.contracts import enforce, events, sources
 from pipelines.contracts.datasets import Manifest, publishable, reconcile
 from pipelines.contracts.leases import events_lease
@@ -201,16 +202,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _join_cluster(settings, given.engine)
     database = Database(settings.database_url)
     database.create()
-    report = ingest(
-        use_case if given.dimension is None else use_case.source(dimensions[given.dimension]),
-        given.sources,
-        tables=Tables(settings.tables_url, settings.storage_options),
-        database=database,
-        settings=settings,
-        clock=open_clock(settings),
-        load_id=given.load_id,
-        engine=given.engine,
-    )
+    with explained(use_case.name):
+        report = ingest(
+            use_case if given.dimension is None else use_case.source(dimensions[given.dimension]),
+            given.sources,
+            tables=Tables(settings.tables_url, settings.storage_options),
+            database=database,
+            settings=settings,
+            clock=open_clock(settings),
+            load_id=given.load_id,
+            engine=given.engine,
+        )
     sys.stdout.write(json.dumps(asdict(report)) + "\n")
     return 1 if report.status.endswith("refused") else 0
 

@@ -284,7 +284,11 @@ class Predictor:
         made = self._made[view]
         read = made.reader.read([entity], now_us)
         if not read.known[0]:
-            raise Problem(404, "Unknown entity", f"No event of {entity!r} has come in; check the name.")
+            raise Problem(
+                404,
+                "Unknown entity",
+                f"State has no event of {entity!r}: check the name; events of files get there by --materialize.",
+            )
         return {
             "entity": entity,
             "view": view,

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 
@@ -182,30 +183,30 @@ def _features(options: argparse.Namespace) -> int:
         case "backfill":
             return backfill.main([options.usecase])
         case "audit":
-            return audit.main([options.usecase, "--hours", options.hours, "--share", options.share])
+            found = [options.usecase, f"--hours={options.hours}", f"--share={options.share}"]
+            return audit.main(found, prog="tidegate features audit")
     use_case = usecases.load(options.usecase)
     if options.action == "materialize":
         return backfill.main([use_case.name, "--materialize", "--only-state"])
     from cluster.clock import open_clock
     from cluster.settings import Settings
-    from pipelines.features.online import StateGap, open_log
+    from pipelines.commands import explained
+    from pipelines.features.online import open_log
     from pipelines.features.views import open_views
     from serving.answers import Predictor
     from serving.problems import Problem
 
     settings = Settings.from_environment()
-    views = open_views(settings, use_case)
-    try:
+    with explained(use_case.name), closing(open_views(settings, use_case)) as views:
         for fed in views.sources:
             log = open_log(settings, fed.source)
             fed.look(log)
             log.close()
-        shown = Predictor(use_case, views).features(options.entity, open_clock(settings).now(), views.present)
-    except (Problem, StateGap) as problem:
-        print(f"tidegate: {problem.detail if isinstance(problem, Problem) else problem}", file=sys.stderr)
-        return 1
-    finally:
-        views.close()
+        try:
+            shown = Predictor(use_case, views).features(options.entity, open_clock(settings).now(), views.present)
+        except Problem as problem:
+            print(f"tidegate: {problem.detail}", file=sys.stderr)
+            return 1
     print(json.dumps(shown, indent=1))
     return 0
 

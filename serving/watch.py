@@ -42,15 +42,15 @@ class Watch:
         watched: OnlineState | None = None
         monitors: list[SilenceMonitor | UnplacedMonitor] = []
         while not self._stop.wait(_PERIOD_S):
-            try:
-                if (state := self._state()) is not watched:
-                    monitors = self._monitors(state)
-                    watched = state
-                for monitor in monitors:
+            if (state := self._state()) is not watched:
+                watched, monitors = state, self._monitors(state)
+            failures = []
+            for monitor in monitors:
+                try:
                     monitor.check(self._clock.now())
-                self.failure = None
-            except (StateError, OperationalError) as error:
-                self.failure = f"sensors and events are not watched: {error}"  # the next check does the same again
+                except (StateError, OperationalError) as error:
+                    failures.append(str(error))  # the next check does the same again
+            self.failure = f"sensors and events are not watched: {'; '.join(failures)}" if failures else None
 
     def _monitors(self, state: OnlineState) -> list[SilenceMonitor | UnplacedMonitor]:
         found: list[SilenceMonitor | UnplacedMonitor] = [UnplacedMonitor(state, self._alerts)]

@@ -141,7 +141,7 @@ class Projection(ABC, Generic[Prepared]):
         return self._present().applied
 
     def unplaced(self) -> int:
-        """Events that came too late to be placed; above zero only when a clock went backwards."""
+        """Events that came when later ones were settled: of an entity that floods, or by a clock that went back."""
         return self._present().unplaced
 
     def position(self) -> tuple[int, int]:

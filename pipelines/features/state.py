@@ -21,18 +21,22 @@ class StateError(RuntimeError):
 
 def words(plan: Plan, blob: bytes | memoryview) -> np.ndarray:
     """Writable int64 words of a stored state, which is copied; ``StateError`` when another format or view wrote it."""
-    found = np.frombuffer(bytearray(blob), np.int64)
-    if len(found) < plan.fixed_words or found[layout.VERSION] != layout.FORMAT:
+    found = np.frombuffer(bytearray(blob), np.int64) if len(blob) % 8 == 0 else np.empty(0, np.int64)
+    if (
+        len(found) < plan.fixed_words
+        or found[layout.VERSION] != layout.FORMAT
+        or len(found) != plan.fixed_words + found[layout.COUNT] * plan.raw_words
+    ):
         raise _unreadable(plan, blob)
     return found
 
 
 def _unreadable(plan: Plan, blob: bytes | memoryview) -> StateError:
     return StateError(
-        f"a stored state has format {blob[0]} and {len(blob)} bytes, but view {plan.view.name!r} "
-        f"({plan.fingerprint}) reads format {layout.FORMAT} from {plan.fixed_words * 8} bytes on; "
-        "rebuild the state "
-        "with `python -m pipelines.backfill USECASE --materialize`"
+        f"a stored state has format {blob[0] if len(blob) else 'none'} and {len(blob)} bytes, which view "
+        f"{plan.view.name!r} ({plan.fingerprint}) cannot read: it reads format {layout.FORMAT}, whole, of "
+        f"{plan.fixed_words * 8} bytes and {plan.raw_words * 8} for each recent event; rebuild the state with "
+        "`python -m pipelines.backfill USECASE --materialize`"
     )
 
 
@@ -60,8 +64,9 @@ def apply_events(
     for blob, at in zip(blobs, (8 * begins[:-1]).tolist(), strict=True):
         if blob is not None:
             whole[at : at + len(blob)] = blob
-    read = states[begins[:-1] + layout.VERSION] == layout.FORMAT
-    for e in np.flatnonzero(~new & ~(read & (sizes >= 8 * plan.fixed_words))):
+    read = (sizes >= 8 * plan.fixed_words) & (states[begins[:-1] + layout.VERSION] == layout.FORMAT)
+    read &= sizes == 8 * (plan.fixed_words + states[begins[:-1] + layout.COUNT] * plan.raw_words)
+    for e in np.flatnonzero(~new & ~read):
         raise _unreadable(plan, whole[8 * begins[e] :][: sizes[e]])
     before = int(states[begins[:-1][~new] + layout.UNPLACED].sum())
     lengths = tiles.apply(
@@ -84,9 +89,7 @@ def read_into(
 ) -> None:
     """The stored features at ``now_us`` into a row of what ``vectors`` gave; ``StateError`` when too far back."""
     if not reads.read(state, plan.program, plan.mixed, now_us, values, status, age, row):
-        back = max(state[layout.NEWEST] - plan.reach_us, state[layout.FLOOR] - 1)
         raise StateError(
             f"features were asked for at {now_us} us, but the state has seen an event at {state[layout.NEWEST]} us "
-            f"and reaches back to {back} us only; check the clocks of this node, and whether an entity has more than "
-            f"{plan.program[layout.P_MOST]} events after that"
+            f"and keeps only {plan.reach_us / 1e6:g} s behind it; check the clocks of this node"
         )

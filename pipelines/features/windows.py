@@ -25,6 +25,9 @@ from pipelines.spec.base import fingerprint, microseconds
 # events.
 READ_BEHIND = timedelta(minutes=1)
 
+# Part of every fingerprint: raised when the same definition computes other values.
+_COMPUTES = 3
+
 # Unsettled events that an entity keeps at most: every change writes them all again.
 MAX_RAW_EVENTS = 100_000
 
@@ -208,14 +211,14 @@ def _half_life(window: Window, family: int) -> int:
 
 
 def view_fingerprint(view: FeatureView, contract: Contract) -> str:
-    """Sixteen hexadecimal digits of what the view computes and how its state is laid out.
+    """Sixteen hexadecimal digits of what the view computes.
 
     Derived features count by the operations they do, so a comment or the name of a local variable changes
     nothing and a constant does. ``ttl`` changes statuses, not values, and is left out.
     """
     calendar = view.calendar
     return fingerprint(
-        layout.FORMAT,
+        _COMPUTES,
         (contract.entity, contract.time, microseconds(contract.lateness), microseconds(contract.future)),
         [_computed(window) for window in view.windows],
         [(lag.field, microseconds(lag.offset), microseconds(lag.hop)) for lag in view.lags],
@@ -310,7 +313,8 @@ def number_of(value: Any) -> float:
 def numbers(column: pa.ChunkedArray) -> np.ndarray:
     """A column as float64, NaN for null; a string as 53 bits of its XXH3, which is all that is asked of it."""
     if not pa.types.is_string(column.type):
-        found: np.ndarray = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
+        # Unchecked: an integer beyond 2**53 is rounded, as Python does.
+        found: np.ndarray = pc.fill_null(column.cast(pa.float64(), safe=False), np.nan).to_numpy()
         return found
     encoded = column.combine_chunks().dictionary_encode()
     hashes = [number_of(text) for text in encoded.dictionary.to_pylist()]

@@ -22,8 +22,8 @@ class UnplacedMonitor:
         self._online, self._alerts = online, alerts
         self._name = online.use_case.name
         self._reach_us = online.plan.reach_us
-        self._seen = 0
-        self._until = 0.0  # when an open alert is resolved; one of a state that was rebuilt since may be open now
+        self._seen: int | None = None  # None before the first check: what was left out long ago is no news
+        self._until = 0.0  # when an alert that is open is resolved
 
     def check(self, now_us: int) -> int:
         """How many events of this state could not be placed, as of ``now_us`` (the cluster's clock); sees to the alert.
@@ -31,7 +31,9 @@ class UnplacedMonitor:
         After an error of state or database the next check does the same again.
         """
         count = self._online.unplaced()
-        if count > self._seen:
+        if self._seen is None:
+            self._until = now_us + self._reach_us  # an earlier process may have left one open
+        elif count > self._seen:
             detail = (
                 f"{count} events came when events after them were settled already, and features leave them out: see "
                 f"which entity has more than {MAX_RAW_EVENTS} events within {self._reach_us / 1e6:g} s; lower the "

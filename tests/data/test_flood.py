@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.features.kernels import layout
+from pipelines.features.served import Status
 from pipelines.features.state import StateError, apply_events
 from pipelines.features.windows import Plan
 from tests.data.entity import EntityState
@@ -34,11 +35,11 @@ class Naive:
     placed: list[Event] = field(default_factory=list)
     open: list[Event] = field(default_factory=list)
     newest: int = NEVER
-    floor: int = NEVER
+    floor: tuple[int, int] = (NEVER, 0)
     unplaced: int = 0
 
     def apply(self, event: Event) -> None:
-        if self.placed and event.time < max(self.newest - PLAN.reach_us, self.floor):
+        if self.placed and (event.time < self.newest - PLAN.reach_us or (event.time, event.order) < self.floor):
             self.unplaced += 1
             return
         self.placed.append(event)
@@ -46,12 +47,8 @@ class Naive:
         self.open = sorted([*self.open, event], key=lambda e: (e.time, e.order))
         self.open = [e for e in self.open if e.time >= self.newest - PLAN.reach_us]
         while len(self.open) > self.most:
-            self.floor = self.open.pop(0).time + 1
-
-    @property
-    def back(self) -> int:
-        """The earliest moment that may be asked for."""
-        return max(self.newest - PLAN.reach_us, self.floor - 1)
+            oldest = self.open.pop(0)
+            self.floor = (oldest.time, oldest.order)
 
 
 @given(worlds(), st.integers(1, 12))
@@ -65,9 +62,15 @@ def test_a_flooded_state_keeps_its_bound_and_equals_the_oracle_of_what_it_placed
         done = read.cut
         kept = (len(state.to_bytes()) // 8 - PLAN.fixed_words) // PLAN.raw_words
         assert (kept, state.unplaced) == (len(naive.open), naive.unplaced)
-        if naive.placed and read.now < naive.back:
-            with pytest.raises(StateError, match=f"reaches back to {naive.back} us only"):
+        if naive.placed and read.now < naive.newest - PLAN.reach_us:
+            with pytest.raises(StateError, match="check the clocks"):
                 state.read(read.now)
+            continue
+        if read.now < naive.floor[0]:
+            told = state.read(read.now)
+            assert np.isnan(told.values).all()
+            assert np.isnan(told.age_s).all()
+            assert (told.status == Status.MISSING).all()
             continue
         values = [value for value, _ in features(VIEW, CONTRACT, naive.placed, read.now)]
         assert same_bits(state.read(read.now).values, np.array(values))
@@ -98,5 +101,13 @@ def test_an_entity_that_floods_stops_no_other() -> None:
     seen = PLAN.features.index("flow_count_1m")
     assert EntityState(PLAN, bytes(flooded)).read(BASE + count).values[seen] == count
     assert EntityState(PLAN, bytes(other)).read(BASE + count).values[seen] == 1
-    (again,), late = apply_events(PLAN, [flooded], np.array([0, 1]), times[:1], times[:1], values[:1])
+    (again,), late = apply_events(PLAN, [flooded], np.array([0, 1]), times[:1], np.zeros(1, np.int64), values[:1])
     assert (bytes(again[8 * layout.HEADER :]), late) == (bytes(flooded[8 * layout.HEADER :]), 1)
+
+
+def test_more_events_of_one_instant_than_are_kept_are_all_counted() -> None:
+    count = int(PLAN.program[layout.P_MOST]) + 5
+    times, orders = np.full(count, BASE), np.arange(count)
+    values = np.ones((count, len(PLAN.fields)))
+    (made,), late = apply_events(PLAN, [None], np.array([0, count]), times, orders, values)
+    assert (EntityState(PLAN, bytes(made)).read(BASE).values[PLAN.features.index("flow_count_1m")], late) == (count, 0)

@@ -189,5 +189,15 @@ def test_bytes_of_another_format_are_refused() -> None:
         EntityState(PLAN, bytes(blob))
 
 
+def test_a_state_that_was_cut_short_or_goes_on_is_refused() -> None:
+    whole = _state(*(Event(BASE + i, 0, BASE, {"flow": 1.0}) for i in range(9))).to_bytes()
+    row = 8 * PLAN.raw_words
+    for blob in (whole[:-row], whole[:-3], whole[:-8], whole + bytes(8), whole + bytes(row), whole[:40], b""):
+        with pytest.raises(StateError, match="cannot read"):
+            EntityState(PLAN, blob)
+        with pytest.raises(StateError, match="cannot read"):
+            apply_events(PLAN, [blob], np.array([0, 1]), *arrays(PLAN, [Event(BASE, 1, BASE, {})]))
+
+
 def test_features_are_named_in_the_order_of_the_view() -> None:
     assert PLAN.features == VIEW.stored

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.log import Log, Record
+from cluster.log import DurableLog, Log, Record
 from cluster.settings import Settings
 from pipelines.contracts.events import decode_events, encode_event, event_order, from_microseconds
 from pipelines.features import online as module
@@ -22,7 +22,7 @@ from pipelines.features.served import Status
 from pipelines.features.state import StateError
 from pipelines.features.stores import StoreFull, Transaction
 from pipelines.features.stores.lmdb import LmdbStore
-from pipelines.spec import FeatureView, ModelSpec, Split, Target, UseCase
+from pipelines.spec import FeatureView, FieldType, ModelSpec, Split, Target, UseCase
 from tests.backends import on_redis, open_log, open_state
 from tests.data.oracle import Event, features
 from tests.data.worlds import BASE, CONTRACT, SECOND, VIEW, World, same_bits, worlds
@@ -305,3 +305,20 @@ def test_state_of_another_boot_is_forgotten(tmp_path: Path) -> None:
     with empty.reading([name]) as snapshot:
         assert list(snapshot.blobs) == [None]
     empty.close()
+
+
+def test_integers_beyond_what_a_float_holds_are_rounded_and_stop_nothing(tmp_path: Path) -> None:
+    fields = tuple(
+        f.model_copy(update={"type": FieldType.INTEGER}) if f.name == "level" else f for f in CONTRACT.fields
+    )
+    case = use_case()
+    case = UseCase(**{**dict(case), "contract": CONTRACT.model_copy(update={"fields": fields})})
+    log, state = DurableLog(tmp_path / "log", remember_us=3_600_000_000), OnlineState(tmp_path / "state", case)
+    rows = [{"meter": "a", "at": from_microseconds(BASE + i), "flow": 1.0, "level": 2**53 + 1 + i} for i in range(4)]
+    with log.transaction(BASE) as txn:
+        txn.append("events", [Record(None, encode_event(case.contract, row)) for row in rows])
+    assert state.project(log) == 4
+    most = case.view.stored.index("level_max_7m")
+    assert state.bind().read(["a"], BASE + 9).values[0, most] == float(2**53 + 4)
+    state.close()
+    log.close()

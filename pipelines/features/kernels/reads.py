@@ -146,12 +146,20 @@ def read(
 ) -> bool:  # fmt: skip
     """Fills one column of stored features as of ``now``; False when the state has moved on too far for that.
 
+    Nothing can be told of a time before the state's floor: then all of them are MISSING.
+
     values, age (seconds) float64[features, rows], status uint8[rows, features]; ``mixed`` is None for a
     program whose windows are all of MOMENTS: the code of other families is then not even compiled.
     Without ``age`` (None) ages are left out.
     """
-    if state[SEEN] > 0 and (now < state[NEWEST] - program[P_REACH] or now < state[FLOOR] - 1):
+    if state[SEEN] > 0 and now < state[NEWEST] - program[P_REACH]:
         return False
+    if now < state[FLOOR]:
+        values[:, row] = np.nan
+        status[row, :] = MISSING
+        if age is not None:
+            age[:, row] = np.nan
+        return True
     floats = state.view(np.float64)
     windows = P_HEADER + program[P_SERIES] * S_ROW
     lags = windows + program[P_WINDOWS] * W_ROW

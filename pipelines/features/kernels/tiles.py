@@ -13,6 +13,7 @@ from pipelines.features.kernels.layout import (
     COUNT,
     EMPTY,
     FLOOR,
+    FLOOR_ORDER,
     NEWEST,
     P_FIELDS,
     P_FIXED,
@@ -46,6 +47,22 @@ def load_tile(like: Any, state: np.ndarray, floats: np.ndarray, at: int, tag: in
 
 
 @inner
+def _first_raw(state: np.ndarray, program: np.ndarray, time: int) -> int:
+    """The word of the first raw event that is not before ``time``, or that behind the last one."""
+    row = 2 + program[P_FIELDS]
+    first = program[P_FIXED] + state[START] * row
+    low, high = 0, state[COUNT]
+    while low < high:
+        middle = (low + high) // 2
+        if state[first + middle * row] < time:
+            low = middle + 1
+        else:
+            high = middle
+    found: int = first + low * row
+    return found
+
+
+@inner
 def from_raw(
     like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, tag: int, until: int
 ) -> Any:
@@ -54,12 +71,11 @@ def from_raw(
     begin = tag * program[series + S_HOP]
     end = begin + program[series + S_HOP]
     row = 2 + program[P_FIELDS]
-    first = program[P_FIXED] + state[START] * row
-    for at in range(first, first + state[COUNT] * row, row):
+    last = program[P_FIXED] + (state[START] + state[COUNT]) * row
+    for at in range(_first_raw(state, program, begin), last, row):
         if state[at] > until or state[at] >= end:
             break
-        if state[at] >= begin:
-            a = update(a, floats[at + 2 + program[series + S_FIELD]], state[at])
+        a = update(a, floats[at + 2 + program[series + S_FIELD]], state[at])
     return a
 
 
@@ -100,7 +116,7 @@ def _settle(state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: 
         if time >= state[NEWEST] - program[P_REACH]:
             if state[COUNT] <= program[P_MOST]:
                 break
-            state[FLOOR] = time + 1
+            state[FLOOR], state[FLOOR_ORDER] = time, state[at + 1]
         for s in range(program[P_SERIES]):
             series = P_HEADER + s * S_ROW
             value = floats[at + 2 + program[series + S_FIELD]]
@@ -119,6 +135,20 @@ def _settle(state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: 
                     _settle_into(distinct.nothing(), state, floats, program, series, time, value)
         state[START] += 1
         state[COUNT] -= 1
+    if state[FLOOR] < state[NEWEST] - program[P_REACH]:
+        state[FLOOR], state[FLOOR_ORDER] = EMPTY, 0  # what lateness allows is no earlier
+
+
+@inner
+def _placeable(state: np.ndarray, program: np.ndarray, time: int, order: int) -> bool:
+    if state[SEEN] == 0:
+        return True
+    if time < state[NEWEST] - program[P_REACH] or time < state[FLOOR]:
+        return False
+    if time > state[FLOOR]:
+        return True
+    placeable: bool = order >= state[FLOOR_ORDER]
+    return placeable
 
 
 @inner
@@ -130,7 +160,7 @@ def _insert(
 
     ``state`` must have room for one more raw event behind the last.
     """
-    if state[SEEN] > 0 and (time < state[NEWEST] - program[P_REACH] or time < state[FLOOR]):
+    if not _placeable(state, program, time, order):
         state[UNPLACED] += 1
         return
     row = 2 + program[P_FIELDS]
@@ -166,6 +196,85 @@ def _insert(
                 _fold_in(distinct.nothing(), state, floats, program, series, time, value, newest)
     if state[SEEN] == 1 or time > state[NEWEST]:
         state[NEWEST] = time
+    _settle(state, floats, program, others)
+
+
+@inner
+def _fold_merged(
+    like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, times: np.ndarray,
+    values: np.ndarray, between: int,
+) -> None:  # fmt: skip
+    """What ``_fold_in`` of each of the ordered events makes, each tile folded once. They are among the raw events
+    already: the first ``between`` of them before one that was there, the others behind all of these.
+    """
+    hop, ring, width = program[series + S_HOP], program[series + S_RING], program[series + S_WIDTH]
+    field, i = program[series + S_FIELD], 0
+    while i < times.shape[0]:
+        tag = times[i] // hop
+        tile, end = program[series + S_TILES] + (tag % ring) * width, (tag + 1) * hop
+        if i < between:
+            a = from_raw(like, state, floats, program, series, tag, _FOREVER)
+            while i < times.shape[0] and times[i] < end:
+                i += 1
+        else:
+            a = load_tile(like, state, floats, tile, tag)
+            while i < times.shape[0] and times[i] < end:
+                a = update(a, values[i, field], times[i])
+                i += 1
+        if state[tile] <= tag:  # else the ring has gone round: no read can reach this tile any more
+            state[tile] = tag
+            store(a, state, floats, tile + 1)
+
+
+@inner
+def _merge(
+    state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None, times: np.ndarray,
+    orders: np.ndarray, values: np.ndarray,
+) -> None:  # fmt: skip
+    """Puts ordered events into a state: what ``_insert`` of one after the other makes of it, in one pass."""
+    first = 0
+    while first < times.shape[0] and not _placeable(state, program, times[first], orders[first]):
+        first += 1
+    state[UNPLACED] += first
+    times, orders, values = times[first:], orders[first:], values[first:]
+    count = times.shape[0]
+    if count == 0:
+        return
+    row = 2 + program[P_FIELDS]
+    begin = program[P_FIXED] + state[START] * row
+    at = begin + (state[COUNT] - 1) * row
+    to, between, i = at + count * row, 0, count - 1
+    while i >= 0:
+        if at >= begin and (state[at] > times[i] or (state[at] == times[i] and state[at + 1] > orders[i])):
+            for word in range(row):
+                state[to + word] = state[at + word]
+            at -= row
+            between = max(between, i + 1)
+        else:
+            state[to], state[to + 1] = times[i], orders[i]
+            for field in range(program[P_FIELDS]):
+                floats[to + 2 + field] = values[i, field]
+            i -= 1
+        to -= row
+    state[COUNT] += count
+    for s in range(program[P_SERIES]):
+        series = P_HEADER + s * S_ROW
+        family = program[series + S_FAMILY]
+        if family == families.LATEST:
+            _fold_merged(latest.NOTHING, state, floats, program, series, times, values, between)
+        elif family == families.MOMENTS:
+            _fold_merged(moments.NOTHING, state, floats, program, series, times, values, between)
+        elif others is not None:
+            if family == families.TREND:
+                _fold_merged(trend.NOTHING, state, floats, program, series, times, values, between)
+            elif family == families.DECAY:
+                like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
+                _fold_merged(like, state, floats, program, series, times, values, between)
+            else:
+                _fold_merged(distinct.nothing(), state, floats, program, series, times, values, between)
+    if state[SEEN] == 0 or times[count - 1] > state[NEWEST]:
+        state[NEWEST] = times[count - 1]
+    state[SEEN] += count
     _settle(state, floats, program, others)
 
 
@@ -262,6 +371,9 @@ def apply(
             if i < j <= i + program[P_MOST] and _ordered(times[i:j], orders[i:j]):
                 _begin(state, its_floats, program, others, times[i:j], orders[i:j], values[i:j])
                 i = j
+        if i + 1 < j and _ordered(times[i:j], orders[i:j]):
+            _merge(state, its_floats, program, others, times[i:j], orders[i:j], values[i:j])
+            i = j
         for k in range(i, j):
             _insert(state, its_floats, program, others, times[k], orders[k], values[k])
         first = program[P_FIXED] + state[START] * row

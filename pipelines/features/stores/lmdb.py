@@ -16,6 +16,7 @@ from pathlib import Path
 import lmdb
 
 from cluster.disk import disk_refuses
+from pipelines.features.state import StateError
 from pipelines.features.stores import Blob, Rebuild, Snapshot, StateUnavailable, StoreFull, T, Transaction
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -33,7 +34,13 @@ class LmdbStore:
         self.path.mkdir(parents=True, exist_ok=True)
         self.map_bytes = map_bytes
         _forget_other_boots(self.path)
-        self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=2, max_readers=1024, sync=False)
+        try:
+            self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=2, max_readers=1024, sync=False)
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
+            raise StateError(
+                f"what lies in {self.path} is no state ({error}): move it away, which loses nothing that table and log "
+                "do not have, and rebuild the state with `python -m pipelines.backfill USECASE --materialize`"
+            ) from error
         self._env.reader_check()  # slots of processes that were killed while reading
         self._entities = self._env.open_db(b"entities")
         self._notes = self._env.open_db(b"notes")
