@@ -83,3 +83,10 @@ ALERTS = Table(
     Column("resolved_us", BigInteger),
     Index("alerts_by_subject", "name", "subject"),
 )
+
+NOTIFICATIONS = Table(
+    "notifications",
+    METADATA,
+    Column("alert_id", Integer, primary_key=True, autoincrement=False),
+    Column("told", String, nullable=False),
+)

@@ -82,6 +82,7 @@ class Settings(BaseModel):
     num_cpus: int | None = Field(default=None, ge=1)
     api_keys: str | None = Field(default=None, repr=False)
     keys_file: Path | None = None
+    webhook_url: str | None = Field(default=None, repr=False)
     drills: Path | None = None
 
     @field_validator("home", "state_dir")
@@ -96,6 +97,13 @@ class Settings(BaseModel):
     def _redis_if_any(cls, url: str | None) -> str | None:
         if url is not None:
             check_url(url)
+        return url
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _http_if_any(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("a webhook is an http:// or https:// URL")
         return url
 
     @field_validator("drills", "keys_file")

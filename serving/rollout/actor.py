@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster.alerts import Alerts
 from cluster.clock import Clock, open_clock
 from cluster.database import Database, StaleEpoch, StaleJournal
+from cluster.notifications import NotificationFailed, Notifier
 from cluster.session import NAMESPACE
 from cluster.settings import Settings
 from cluster.tables import Tables
@@ -44,10 +46,12 @@ from serving.rollout.serve_world import ServeWorld
 logger = logging.getLogger(__name__)
 
 ALERT, REGISTRY_ALERT, AUDIT_ALERT = "rollout_failing", "registry_failing", "audit_failing"
+NOTIFY_ALERT = "notifications_failing"
 _TURN_S = 0.05
 _LABELS_S = 1.0
 _AUDIT_S = 60.0  # at least so long between audits, also when a replay clock hurries
 _AFTER_FAILURE_S, _AFTER_AUDIT_FAILURE_S = 1.0, 600.0
+_NOTIFY_S, _AFTER_NOTIFY_FAILURE_S = 1.0, 10.0
 _RESTART_S = 30.0
 # What the parts around the controller may fail with for a while.
 _OUTSIDE = (SQLAlchemyError, RayError, RayServeException, OSError)
@@ -64,7 +68,7 @@ class RolloutActor:
         # Nothing here may fail: Ray does not start an actor again whose constructor raised.
         self._usecase = usecase
         self._made: Controller | None = None
-        for work in (self._turn, self._read_labels, self._show, self._audit):
+        for work in (self._turn, self._read_labels, self._show, self._audit, self._notify):
             threading.Thread(target=self._ending_with_the_process, args=(work,), daemon=True).start()
 
     def exchange(self, *arguments: Any) -> dict[str, Any] | None:
@@ -203,6 +207,21 @@ class RolloutActor:
                 logger.warning("what %s served could not be audited: %s", self._usecase, error)
                 _open(parts.alerts, AUDIT_ALERT, self._usecase, error)
                 pause.wait(_AFTER_AUDIT_FAILURE_S)
+
+    def _notify(self) -> None:
+        """Tells the webhook of alerts, if there is one; of several use cases' controllers one does."""
+        parts, pause = self._parts(), threading.Event()
+        if parts.settings.webhook_url is None:
+            return
+        notifier = Notifier(parts.database, parts.settings.webhook_url, f"{socket.gethostname()}:{os.getpid()}")
+        while not pause.wait(_NOTIFY_S):
+            try:
+                if notifier.turn():
+                    parts.alerts.resolve(NOTIFY_ALERT, self._usecase, "the webhook takes notifications again")
+            except (NotificationFailed, SQLAlchemyError) as error:
+                logger.warning("alerts of %s were not sent: %s", self._usecase, error)
+                _open(parts.alerts, NOTIFY_ALERT, self._usecase, error)
+                pause.wait(_AFTER_NOTIFY_FAILURE_S)
 
 
 @dataclass(frozen=True)

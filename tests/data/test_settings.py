@@ -41,6 +41,7 @@ SETTINGS = st.fixed_dictionaries(
         "body_limit": st.integers(1, 10**9),
         "num_cpus": st.none() | st.integers(1, 512),
         "api_keys": st.none() | TEXT,
+        "webhook_url": st.none() | st.builds("https://{}/{}".format, WORD, WORD),
         "keys_file": st.none() | st.builds("/etc/{}.json".format, WORD).map(Path),
     },
 )
@@ -141,6 +142,7 @@ def test_secrets_do_not_show_in_repr():
         storage_options={"k": "hunter2"},
         database_url="postgresql://u:hunter2@h/d",
         state_url="rediss://u:hunter2@h/1",
+        webhook_url="https://chat/hunter2",
     )
     assert "hunter2" not in repr(made)
 

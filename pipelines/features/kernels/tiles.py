@@ -90,23 +90,6 @@ def _settle_into(
 
 
 @inner
-def _fold_in(
-    like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, time: int, value: float,
-    newest: bool,
-) -> None:  # fmt: skip
-    tag = time // program[series + S_HOP]
-    tile = program[series + S_TILES] + (tag % program[series + S_RING]) * program[series + S_WIDTH]
-    if state[tile] > tag:
-        return  # the ring has gone round: no read can reach this tile any more
-    if newest:
-        a = update(load_tile(like, state, floats, tile, tag), value, time)
-    else:
-        a = from_raw(like, state, floats, program, series, tag, _FOREVER)
-    state[tile] = tag
-    store(a, state, floats, tile + 1)
-
-
-@inner
 def _settle(state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None) -> None:
     """Moves raw events that nothing can precede any more, or that are too many, into what is settled of their tiles."""
     row = 2 + program[P_FIELDS]
@@ -152,60 +135,12 @@ def _placeable(state: np.ndarray, program: np.ndarray, time: int, order: int) ->
 
 
 @inner
-def _insert(
-    state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None, time: int, order: int,
-    values: np.ndarray,
-) -> None:  # fmt: skip
-    """Puts one event in its canonical place and folds the tiles that it touches.
-
-    ``state`` must have room for one more raw event behind the last.
-    """
-    if not _placeable(state, program, time, order):
-        state[UNPLACED] += 1
-        return
-    row = 2 + program[P_FIELDS]
-    first = program[P_FIXED] + state[START] * row
-    end = first + state[COUNT] * row
-    at = end
-    while at > first and (state[at - row] > time or (state[at - row] == time and state[at - row + 1] > order)):
-        for word in range(row):
-            state[at + word] = state[at - row + word]
-        at -= row
-    state[at] = time
-    state[at + 1] = order
-    for field in range(program[P_FIELDS]):
-        floats[at + 2 + field] = values[field]
-    state[COUNT] += 1
-    state[SEEN] += 1
-    newest = at == end
-    for s in range(program[P_SERIES]):
-        series = P_HEADER + s * S_ROW
-        value = values[program[series + S_FIELD]]
-        family = program[series + S_FAMILY]
-        if family == families.LATEST:
-            _fold_in(latest.NOTHING, state, floats, program, series, time, value, newest)
-        elif family == families.MOMENTS:
-            _fold_in(moments.NOTHING, state, floats, program, series, time, value, newest)
-        elif others is not None:
-            if family == families.TREND:
-                _fold_in(trend.NOTHING, state, floats, program, series, time, value, newest)
-            elif family == families.DECAY:
-                like = decay.Decay(0.0, 0.0, program[series + S_HALF_LIFE], EMPTY)
-                _fold_in(like, state, floats, program, series, time, value, newest)
-            else:
-                _fold_in(distinct.nothing(), state, floats, program, series, time, value, newest)
-    if state[SEEN] == 1 or time > state[NEWEST]:
-        state[NEWEST] = time
-    _settle(state, floats, program, others)
-
-
-@inner
 def _fold_merged(
     like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, times: np.ndarray,
     values: np.ndarray, between: int,
 ) -> None:  # fmt: skip
-    """What ``_fold_in`` of each of the ordered events makes, each tile folded once. They are among the raw events
-    already: the first ``between`` of them before one that was there, the others behind all of these.
+    """Folds the tiles that ordered events touch, each once. They are raw events already: the first ``between``
+    of them before one that was there, whose tiles are folded again, and the others behind all of these.
     """
     hop, ring, width = program[series + S_HOP], program[series + S_RING], program[series + S_WIDTH]
     field, i = program[series + S_FIELD], 0
@@ -231,7 +166,10 @@ def _merge(
     state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None, times: np.ndarray,
     orders: np.ndarray, values: np.ndarray,
 ) -> None:  # fmt: skip
-    """Puts ordered events into a state: what ``_insert`` of one after the other makes of it, in one pass."""
+    """Puts ordered events in their canonical places and folds the tiles that they touch.
+
+    ``state`` must have room for so many more raw events behind the last.
+    """
     first = 0
     while first < times.shape[0] and not _placeable(state, program, times[first], orders[first]):
         first += 1
@@ -283,7 +221,7 @@ def _fold_run(
     like: Any, state: np.ndarray, floats: np.ndarray, program: np.ndarray, series: int, times: np.ndarray,
     values: np.ndarray, settled: int,
 ) -> None:  # fmt: skip
-    """What ``_fold_in`` and ``_settle_into`` make of ordered events, each tile folded once and kept when it is whole.
+    """What ``_fold_merged`` and ``_settle_into`` make of ordered events, each tile kept when it is whole.
 
     The first ``settled`` of the events are to be settled.
     """
@@ -310,7 +248,7 @@ def _begin(
     state: np.ndarray, floats: np.ndarray, program: np.ndarray, others: bool | None, times: np.ndarray,
     orders: np.ndarray, values: np.ndarray,
 ) -> None:  # fmt: skip
-    """Puts ordered events into an empty state: what ``_insert`` of one after the other makes of it."""
+    """Puts ordered events into an empty state: what ``_merge`` of one after the other makes of it."""
     count = times.shape[0]
     settled, newest = count, times[count - 1]
     while settled > 0 and times[settled - 1] >= newest - program[P_REACH]:
@@ -371,11 +309,9 @@ def apply(
             if i < j <= i + program[P_MOST] and _ordered(times[i:j], orders[i:j]):
                 _begin(state, its_floats, program, others, times[i:j], orders[i:j], values[i:j])
                 i = j
-        if i + 1 < j and _ordered(times[i:j], orders[i:j]):
-            _merge(state, its_floats, program, others, times[i:j], orders[i:j], values[i:j])
-            i = j
-        for k in range(i, j):
-            _insert(state, its_floats, program, others, times[k], orders[k], values[k])
+        step = j - i if _ordered(times[i:j], orders[i:j]) else 1
+        for k in range(i, j, max(step, 1)):
+            _merge(state, its_floats, program, others, times[k : k + step], orders[k : k + step], values[k : k + step])
         first = program[P_FIXED] + state[START] * row
         for word in range(state[COUNT] * row):  # the unsettled to where stored bytes have them
             state[program[P_FIXED] + word] = state[first + word]
