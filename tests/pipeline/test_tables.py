@@ -232,7 +232,7 @@ def test_a_version_of_which_the_log_was_cleaned_says_so(local, tmp_path):
 
 
 def test_a_table_that_is_not_there_says_so(local):
-    with pytest.raises(TableNotFoundError, match=r"no table 'aqua/nothing' below file:.*ensure\(\) creates it"):
+    with pytest.raises(TableNotFoundError, match=r"there is no table 'aqua/nothing' below file:"):
         local.read("aqua/nothing")
 
 
