@@ -35,8 +35,10 @@ class Notifier:
         Raises ``NotificationFailed``; then the next turn goes on from there. The lease is held in real time.
         """
         sent = 0
-        for row in self._due():
-            if not self._database.acquire_lease("notifications", self._holder, _LEASE_S, SystemClock().now()):
+        if not self._due() or not self._at_work():
+            return sent
+        for row in self._due():  # as it is now that nobody else sends
+            if not self._at_work():
                 return sent
             change = Change.OPENED if row.told is None else Change.RESOLVED
             self._send(_document(row, change))
@@ -49,6 +51,9 @@ class Notifier:
             sent += 1
         return sent
 
+    def _at_work(self) -> bool:
+        return self._database.acquire_lease("notifications", self._holder, _LEASE_S, SystemClock().now())
+
     def _due(self) -> list[Row[Any]]:
         told, resolved = NOTIFICATIONS.c.told, ALERTS.c.resolved_us
         both = ALERTS.outerjoin(NOTIFICATIONS, NOTIFICATIONS.c.alert_id == ALERTS.c.id)
@@ -59,7 +64,7 @@ class Notifier:
     def _send(self, document: dict[str, Any]) -> None:
         try:
             answer = httpx.post(self._url, json=document, timeout=_TIMEOUT_S)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NotificationFailed(f"the webhook cannot be reached: {type(error).__name__}") from None
         if not answer.is_success:
             raise NotificationFailed(f"the webhook answered {answer.status_code}")

@@ -23,7 +23,7 @@ class UnplacedMonitor:
         self._name = online.use_case.name
         self._reach_us = online.plan.reach_us
         self._seen: int | None = None  # None before the first check: what was left out long ago is no news
-        self._until = 0.0  # when an alert that is open is resolved
+        self._until = math.inf  # when an alert that is open is resolved
 
     def check(self, now_us: int) -> int:
         """How many events of this state could not be placed, as of ``now_us`` (the cluster's clock); sees to the alert.

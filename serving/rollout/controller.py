@@ -204,7 +204,7 @@ class Controller:
 
     def _refuse_unknown_policy(self) -> None:
         """Ends a trial whose policy, journalled by other code, is none to this code."""
-        if not self.state.tried:
+        if not (self.state.tried or self.state.phase is Phase.STARTING):
             return
         try:
             _ = self.situation.policy

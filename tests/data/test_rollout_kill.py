@@ -339,6 +339,15 @@ def test_a_policy_that_this_code_does_not_know_ends_its_rollout_and_no_journal(d
     assert play.controller.state.phase is Phase.IDLE
 
 
+def test_a_policy_that_this_code_does_not_know_ends_a_rollout_that_is_starting_too(database):
+    play = Play(Loading(open=["1", "2"]), Journal(database, "starting"))
+    play.settle()
+    assert play.controller.state.phase is Phase.STARTING
+    play.controller.situation = replace(play.controller.situation, fields={"mood": "bad"})
+    play.controller.turn()
+    assert play.controller.state.outcome == "rolled_back"
+
+
 def test_an_effect_that_failed_is_tried_again_by_the_same_controller(database):
     class Once(FakeWorld):
         failed = False

@@ -86,6 +86,8 @@ def test_what_a_receiver_does_not_take_is_told_later_and_its_url_is_in_no_messag
     with pytest.raises(NotificationFailed, match="cannot be reached: ConnectError") as unreached:
         away.turn()
     assert "secret" not in str(unreached.value)
+    with pytest.raises(NotificationFailed, match="cannot be reached: InvalidURL"):
+        Notifier(database, "http://[hook", "one").turn()
     alerts.resolve("first", "aqua", "")
     alerts.open("second", "aqua", "")
     receiver.status = 200
@@ -101,3 +103,16 @@ def test_of_two_notifiers_one_is_at_work(receiver, database):
     alerts.open("second", "aqua", "")
     assert (other.turn(), one.turn()) == (0, 1)
     assert receiver.said() == [("opened", "first"), ("opened", "second")]
+
+
+def test_what_another_sent_while_this_one_waited_for_its_turn_is_not_sent_again(receiver, database, monkeypatch):
+    alerts = Alerts(database, SystemClock())
+    one, other = (Notifier(database, receiver.url, name) for name in ("one", "other"))
+    alerts.open("first", "aqua", "")
+    due = [other._due()]
+    assert one.turn() == 1
+    database.release_lease("notifications", "one")
+    later = other._due
+    monkeypatch.setattr(other, "_due", lambda: due.pop() if due else later())
+    assert other.turn() == 0
+    assert receiver.said() == [("opened", "first")]
