@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError, field_validator
 
 from cluster.redis_url import check_url
 
@@ -22,6 +22,7 @@ PREFIX = "TIDEGATE_"
 _ALLOWED = frozenset({"TIDEGATE_SESSION", "TIDEGATE_URL", "TIDEGATE_API_KEY"})
 # Characters that mean something else in a database URL or a file URI.
 _UNSAFE = frozenset("?#%")
+_HTTP_URL = TypeAdapter(HttpUrl)
 
 
 def _below(*parts: str) -> Any:
@@ -102,8 +103,11 @@ class Settings(BaseModel):
     @field_validator("webhook_url")
     @classmethod
     def _http_if_any(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError("a webhook is an http:// or https:// URL")
+        if url is not None:
+            try:
+                _HTTP_URL.validate_python(url)
+            except ValidationError:  # whose text holds the URL, which may be a secret
+                raise ValueError("a webhook is an http:// or https:// URL") from None
         return url
 
     @field_validator("drills", "keys_file")

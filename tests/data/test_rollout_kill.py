@@ -340,7 +340,7 @@ def test_a_policy_that_this_code_does_not_know_ends_its_rollout_and_no_journal(d
 
 
 def test_a_policy_that_this_code_does_not_know_ends_a_rollout_that_is_starting_too(database):
-    play = Play(Loading(open=["1", "2"]), Journal(database, "starting"))
+    play = Play(Loading(open=["1", "2"]), Journal(database, "unknown"))
     play.settle()
     assert play.controller.state.phase is Phase.STARTING
     play.controller.situation = replace(play.controller.situation, fields={"mood": "bad"})

@@ -123,11 +123,20 @@ def test_variables_of_others_are_left_alone():
         ("TIDEGATE_STATE_URL", "redis://host/1?socket_timeout=9", "does not take socket_timeout"),
         ("TIDEGATE_STATE_URL", "unix://run/redis.sock", "three slashes"),
         ("TIDEGATE_STATE_DURABILITY", "hoped", "guaranteed"),
+        ("TIDEGATE_WEBHOOK_URL", "ftp://host/", "http://"),
+        ("TIDEGATE_WEBHOOK_URL", "https://host:port/", "http://"),
+        ("TIDEGATE_WEBHOOK_URL", "https://xn--.x/", "http://"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_its_variable(variable, text, reason):
     with pytest.raises(ValueError, match=reason):
         Settings.from_environment({variable: text})
+
+
+def test_an_error_about_a_webhook_does_not_show_it():
+    with pytest.raises(ValueError) as caught:
+        Settings(webhook_url="https://host:port/hunter2")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_error_about_a_secret_does_not_show_it():

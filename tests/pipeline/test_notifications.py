@@ -87,7 +87,7 @@ def test_what_a_receiver_does_not_take_is_told_later_and_its_url_is_in_no_messag
         away.turn()
     assert "secret" not in str(unreached.value)
     with pytest.raises(NotificationFailed, match="cannot be reached: InvalidURL"):
-        Notifier(database, "http://[hook", "one").turn()
+        Notifier(database, "http://hook:port", "one").turn()
     alerts.resolve("first", "aqua", "")
     alerts.open("second", "aqua", "")
     receiver.status = 200
