@@ -23,6 +23,11 @@ from serving.problems import Problem
 from serving.runner import DescribedVersion, LoadedVersion, Rows
 
 MAX_INSTANCES = 1000
+_REASONS = {
+    Status.STALE: "stale_features",
+    Status.IMPUTED: "seasonal_normals",
+    Status.MISSING: "missing_features",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,15 @@ class Prepared:
     now_us: int
     page: UseCase
     view: str
+
+    def reasons(self, row: int) -> list[str]:
+        """What the answer to that instance has to be flagged with; empty when its inputs are all there and fresh."""
+        found = [reason for status, reason in _REASONS.items() if (self.filled.status[row] == status).any()]
+        if not self.read.known[row]:
+            found.insert(0, "unknown_entity")
+        if row in self.filled.refused and self.filled.refused[row] not in found:
+            found.append(self.filled.refused[row])
+        return found
 
     def take(self, rows: np.ndarray) -> Rows:
         """What a runner needs of the instances at ``rows``."""
@@ -167,7 +181,7 @@ class Predictor:
             records, entities, read, filled, columns, strings, numeric, fine, now_us, made.page, artifact.view
         )
 
-    def challenger(self, prepared: Prepared, version: DescribedVersion) -> Prepared:
+    def challenger(self, prepared: Prepared, version: DescribedVersion | LoadedVersion) -> Prepared:
         """The instances that the champion has answered as ``version`` is to have them; raises as ``prepare``.
 
         Versions of one view share what the champion's state and ladder gave.
@@ -216,17 +230,7 @@ class Predictor:
                 for name, status in zip(view.stored, filled.status[i].tolist(), strict=True)
                 if status != Status.FRESH
             }
-            degraded = []
-            if not read.known[i]:
-                degraded.append("unknown_entity")
-            if Status.STALE.name in flagged.values():
-                degraded.append("stale_features")
-            if Status.IMPUTED.name in flagged.values():
-                degraded.append("seasonal_normals")
-            if Status.MISSING.name in flagged.values():
-                degraded.append("missing_features")
-            if i in filled.refused and filled.refused[i] not in degraded:
-                degraded.append(filled.refused[i])
+            degraded = rows.reasons(i) if flagged or not read.known[i] or i in filled.refused else []
             if not valid:
                 degraded.append("no_answer")
             answers.append(

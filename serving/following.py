@@ -6,6 +6,7 @@ and warmed beside the old one and takes effect in one assignment.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -27,12 +28,13 @@ from cluster.database import Database
 from cluster.settings import Settings
 from pipelines.spec import UseCase
 from serving import routing
-from serving.challenger import Asker
+from serving.challenger import Asker, Reply
 from serving.rollout.actor import handle, start
 from serving.rollout.serve_world import gateway_lease
-from serving.routing import RoutingTable
-from serving.runner import DescribedVersion, LoadedVersion, VersionRefused, describe_version, load_version
-from serving.trial import Tally, Trial
+from serving.routing import Challenger, RoutingTable
+from serving.runner import DescribedVersion, LoadedVersion, Rows, VersionRefused, describe_version, load_version
+from serving.tally import Tally
+from serving.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +208,7 @@ class Follower:
     def _trial(self, table: RoutingTable, champion: LoadedVersion) -> Trial | None:
         """The trial that the table calls for; None as long as its challenger cannot be asked."""
         wanted, trial = table.challenger, self.serving.trial
-        if trial is not None and (wanted is None or wanted.rollout != trial.challenger.rollout):
+        if trial is not None and (wanted is None or _differ(wanted, trial.challenger)):
             self._leave()
             trial = None
         if wanted is None:
@@ -215,6 +217,9 @@ class Follower:
         if trial is not None:
             trial.follow(wanted)
             return trial
+        target = self._use_case.contract.field(self._use_case.model.target.field)
+        if wanted.watch:
+            return self._watch(wanted, champion, target.limits)
         described = self._describe(wanted.version)
         if described is None:
             return None
@@ -226,10 +231,22 @@ class Follower:
         except (RayServeException, RayError):
             return None  # Serve does not know the application yet, or no more, or does not answer
         self._asker = asker
-        target = self._use_case.contract.field(self._use_case.model.target.field)
         # Fixed for the whole rollout, from the champion's past on this node, so both versions are held to one limit.
         slow_s = max(wanted.slow_factor * champion.median_s(), wanted.slow_floor_ms / 1e3)
         return Trial(wanted, asker.ask, slow_s, self._tally, target.limits, table.champion, described)
+
+    def _watch(self, wanted: Challenger, champion: LoadedVersion, allowed: tuple[float, float]) -> Trial | None:
+        """The watch over a champion beside the version before it, which answers its copies in this process."""
+        before = self._loaded.get(wanted.version)
+        if before is None:
+            return None  # it is being loaded
+
+        async def ask(rows: Rows) -> Reply:
+            found, took = await asyncio.to_thread(before.predict, rows)
+            return Reply(found.value, found.lower, found.upper, took)
+
+        slow_s = max(wanted.slow_factor * before.median_s(), wanted.slow_floor_ms / 1e3)
+        return Trial(wanted, ask, slow_s, self._tally, allowed, champion.version, before)
 
     def _describe(self, version: str) -> DescribedVersion | None:
         """What the challenger's rows are made by, ready to be used; None as long as that cannot be had."""
@@ -293,3 +310,8 @@ class Follower:
         name = gateway_lease(self._use_case.name, self.gateway)
         self._database.acquire_lease(name, self.gateway, _LEASE_S, SystemClock().now())
         self._renewed = time.monotonic()
+
+
+def _differ(wanted: Challenger, tried: Challenger) -> bool:
+    """Whether they belong to different trials."""
+    return (wanted.rollout, wanted.watch) != (tried.rollout, tried.watch)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
@@ -128,20 +129,21 @@ class Gateway:
         """Checks the key, reads the body, answers, logs."""
         self.keys.require(header(scope, b"authorization"), Scope.PREDICT)
         given, variant = _idempotency_key(scope), _variant(scope)
-        records = self.predictor.parse(await self._json(receive))
+        document, began = await self._json(receive), time.perf_counter()
+        records = self.predictor.parse(document)
         serving, now, champion = self.follower.serving, self.clock.now(), self.predictor.champion
         if len(records) <= _INLINE_INSTANCES:
             prepared, prediction, took = champion(records, serving.champion, now)
         else:
             prepared, prediction, took = await asyncio.to_thread(champion, records, serving.champion, now)
-        if variant == _CHALLENGER and serving.trial is None:
+        if variant == _CHALLENGER and (serving.trial is None or serving.trial.challenger.watch):
             raise Problem(409, "No version is being tried", f"Leave out {_VARIANT}, or ask for the champion.")
         if serving.trial is None or variant == _CHAMPION:
             answered = self.predictor.compose(prepared, prediction, serving.champion.version)
             self.intake.predictions(answered.records())
         else:
             forced = variant == _CHALLENGER
-            answered = await self._tried(serving, serving.trial, given, forced, prepared, prediction, took)
+            answered = await self._tried(serving, serving.trial, given, forced, prepared, prediction, took, began)
         return orjson.dumps(answered.document)
 
     async def _tried(
@@ -153,6 +155,7 @@ class Gateway:
         prepared: Prepared,
         prediction: Prediction,
         took: float,
+        began: float,
     ) -> Answered:
         """The answers while a version is being tried; the log gets what both versions said.
 
@@ -163,8 +166,9 @@ class Gateway:
         counted = not forced and (given is None or trial.first_seen(given))
         weight = trial.weight
         count = len(prepared.records)
-        assigned = np.ones(count, dtype=bool) if forced else trial.assign(key, count, weight)
-        asked = Asked(key, counted, prepared, partial(self._rows_of, trial, prepared), prediction, took, forced)
+        assigned = np.ones(count, dtype=bool) if forced else trial.assign(key, prepared.entities, weight)
+        asked = Asked(key, counted, prepared, partial(self._rows_of, trial, prepared), prediction, took, began, forced)
+        trial.see(asked)
         if assigned.any():
             chosen = await trial.choose(asked, assigned, weight)
             version = trial.challenger.version

@@ -17,7 +17,8 @@ from cluster.database import Database
 class Challenger(BaseModel):
     """A version that is being tried, and how gateways try it; see ``ReleasePolicy`` for the limits.
 
-    It answers ``weight`` of the instances and gets copies of ``shadow`` of the requests. ``salt`` belongs to the
+    It answers ``weight`` of the instances and gets copies of ``shadow`` of the requests. In a ``watch`` it is the
+    version that was champion before, and what is found is held against the one that answers. ``salt`` belongs to the
     rollout, so that no two rollouts try themselves on the same instances.
     """
 
@@ -25,12 +26,15 @@ class Challenger(BaseModel):
 
     version: str
     rollout: int
+    watch: bool = False
     salt: str
+    by_entity: bool = False
     weight: float = Field(ge=0, le=1)
     shadow: float = Field(ge=0, le=1)
     deadline_ms: float
     slow_factor: float
     slow_floor_ms: float
+    budget_ms: float | None = None
     harm_cap: int
 
 

@@ -7,27 +7,27 @@ asked, and its answer stands wherever the challenger errs, is late or answers wh
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
 from pipelines.training.artifact import Prediction
 from serving.answers import Other, Prepared
 from serving.challenger import Reply
-from serving.rollout.evidence import Report
 from serving.routing import Challenger, place
-from serving.runner import DescribedVersion, Rows
+from serving.runner import DescribedVersion, LoadedVersion, Rows
+from serving.tally import Counts, Event, Tally, count
 
 COIN = 0.5
 """Share at which a copied request is counted as the challenger's; the other half counts as the champion's."""
 _COPIES_AT_ONCE = 16
-_REPORT_SHARE, _LONGEST_S = 0.01, 60.0
 _KEYS_REMEMBERED = 10_000
+_NAME_SHIFT = 11  # whole numbers of up to 53 bits are the same in every reader of JSON
 
 
 class Ask(Protocol):
@@ -38,100 +38,13 @@ class Ask(Protocol):
         ...
 
 
-class Tally:
-    """Counts between two reports. Safe to use from several threads."""
-
-    def __init__(self, gateway: str, real: Callable[[], float] = time.monotonic) -> None:
-        self._gateway = gateway
-        self._lock = threading.Lock()
-        self._sequence = 0
-        self._waiting: Report | None = None  # sent and not yet acknowledged: it is sent again as it was
-        self._counts = _Counts()
-        self._began = self._made = real()
-        self._real = real
-
-    def add(self, rollout: int, change: Callable[[_Counts], None]) -> None:
-        """Applies ``change`` to the counts of ``rollout``; a newer one drops those before it, for they are over."""
-        with self._lock:
-            if rollout < self._counts.rollout:
-                return
-            if rollout > self._counts.rollout:
-                self._counts = _Counts(rollout)
-                self._sequence = 0
-                self._began = self._made = self._real()
-            change(self._counts)
-            self._counts.empty = False
-
-    def report(self) -> Report | None:
-        """What is to be sent now, if anything; the same until ``acknowledged``.
-
-        Errors and harm are reported at once. Everything else waits for a hundredth of the time that the rollout has
-        lasted, at most a minute: every report is journalled, and a long canary must not make a long journal.
-        """
-        with self._lock:
-            if self._waiting is None and not self._counts.empty and (self._counts.urgent or self._due()):
-                self._made = self._real()
-                self._sequence += 1
-                counts, self._counts = self._counts, _Counts(self._counts.rollout)
-                self._waiting = Report(
-                    gateway=self._gateway,
-                    sequence=self._sequence,
-                    rollout=counts.rollout,
-                    exposed=_pairs(counts.exposed),
-                    errors=_pairs(counts.errors),
-                    slow=_pairs(counts.slow),
-                    copies=counts.copies,
-                    disagreed=counts.disagreed,
-                    served=counts.served,
-                    harmed=counts.harmed,
-                    accidents=counts.accidents,
-                )
-            return self._waiting
-
-    def _due(self) -> bool:
-        now = self._real()
-        return now - self._made >= min((now - self._began) * _REPORT_SHARE, _LONGEST_S)
-
-    def acknowledged(self) -> None:
-        """The report was journalled."""
-        with self._lock:
-            self._waiting = None
-
-
-@dataclass
-class _Counts:
-    rollout: int = 0
-    exposed: dict[float, list[int]] = field(default_factory=dict)
-    errors: dict[float, list[int]] = field(default_factory=dict)
-    slow: dict[float, list[int]] = field(default_factory=dict)
-    copies: int = 0
-    disagreed: int = 0
-    served: int = 0
-    harmed: int = 0
-    accidents: int = 0
-    empty: bool = True
-
-    @property
-    def urgent(self) -> bool:
-        """Whether something happened that may end the rollout."""
-        return bool(self.errors or self.accidents)
-
-
-def _pairs(counts: dict[float, list[int]]) -> dict[float, tuple[int, int]]:
-    return {weight: (challenger, champion) for weight, (challenger, champion) in counts.items()}
-
-
-def _count(counts: dict[float, list[int]], weight: float, challenger: bool) -> None:
-    counts.setdefault(weight, [0, 0])[0 if challenger else 1] += 1
-
-
 @dataclass(frozen=True)
 class Asked:
     """A request of n instances that the champion has answered, in ``champion_s`` seconds inside its runner.
 
-    ``key`` places it in the split. ``counted`` is False for a request that must not be evidence (a repetition);
-    ``forced`` is one whose version its caller chose: nothing of it is counted, not even harm.
-    ``tried`` makes the instances as the challenger is to have them, by the view of its own.
+    It came at ``began`` (seconds of ``time.perf_counter``). ``key`` places it in the split. ``counted`` is False for a
+    request that must not be evidence (a repetition); ``forced`` is one whose version its caller chose: nothing of it is
+    counted, not even harm. ``tried`` makes the instances as the challenger is to have them, by the view of its own.
     """
 
     key: str
@@ -140,6 +53,7 @@ class Asked:
     tried: Callable[[], Awaitable[Prepared]]
     champion: Prediction
     champion_s: float
+    began: float
     forced: bool = False
 
     @property
@@ -180,7 +94,7 @@ class Trial:
         tally: Tally,
         allowed: tuple[float, float],
         champion: str,
-        described: DescribedVersion,
+        described: DescribedVersion | LoadedVersion,
     ) -> None:
         """``champion`` is the version it is compared with, ``described`` says how its own rows are made. A call that
         takes longer than ``slow_s`` is slow. ``allowed`` are the lowest and the highest answer of the contract.
@@ -195,6 +109,7 @@ class Trial:
         self._accidents = 0
         self._copies: set[asyncio.Task[None]] = set()
         self._keys: OrderedDict[str, None] = OrderedDict()
+        self._named: dict[str, set[int]] = {}
 
     def follow(self, challenger: Challenger) -> None:
         """Takes over a newer entry of the routing table for the same rollout."""
@@ -205,11 +120,14 @@ class Trial:
         """The challenger's share of the instances now; nothing once it has reached its cap of harm here."""
         return self.challenger.weight if self._accidents < self.challenger.harm_cap else 0.0
 
-    def assign(self, key: str, count: int, weight: float) -> np.ndarray:
-        """bool [n]: which instances are the challenger's at that ``weight``."""
+    def assign(self, key: str, entities: Sequence[str], weight: float) -> np.ndarray:
+        """bool [n]: which instances, of those ``entities``, are the challenger's at that ``weight``."""
         if weight <= 0:
-            return np.zeros(count, dtype=bool)
-        return np.array([place(f"{key}/{i}", self.challenger.salt) for i in range(count)]) < weight
+            return np.zeros(len(entities), dtype=bool)
+        salt = self.challenger.salt
+        if self.challenger.by_entity:
+            return np.array([place(entity, salt) for entity in entities]) < weight
+        return np.array([place(f"{key}/{i}", salt) for i in range(len(entities))]) < weight
 
     async def choose(self, asked: Asked, assigned: np.ndarray, weight: float) -> Chosen:
         """The answers to a request of which some instances are ``assigned`` to the challenger, at that ``weight``.
@@ -233,32 +151,48 @@ class Trial:
         served, first = int(taken.sum()), bool(assigned[0])
         failed = not (taken[0] or got.late) if first else not bool(self._valid(champion)[0])
         took = asked.champion_s if not first else reply.seconds if reply is not None else None
+        event = self._event(asked, weight, challenger=first, failed=failed, took=took)
 
-        def change(counts: _Counts) -> None:
+        def change(counts: Counts) -> None:
             counts.served += served
             counts.harmed += harmed
             counts.accidents += harmed > 0
             if asked.evident:
-                self._judge(counts, weight, first, failed, took)
+                self._judge(counts, asked, event)
 
         self._tally.add(challenger.rollout, change)
         return merged
 
     def count_champion(self, asked: Asked, weight: float) -> None:
         """Counts a request that the split left to the champion, at that ``weight``."""
-        failed = not bool(self._valid(asked.champion)[0])
         if asked.evident:
-            self._tally.add(
-                self.challenger.rollout, lambda counts: self._judge(counts, weight, False, failed, asked.champion_s)
-            )
+            failed = not bool(self._valid(asked.champion)[0])
+            event = self._event(asked, weight, challenger=False, failed=failed, took=asked.champion_s)
+            self._tally.add(self.challenger.rollout, lambda counts: self._judge(counts, asked, event))
 
-    def _judge(self, counts: _Counts, weight: float, challenger: bool, failed: bool, took: float | None) -> None:
-        """One request, represented by its first instance, as evidence."""
-        _count(counts.exposed, weight, challenger)
-        if failed:
-            _count(counts.errors, weight, challenger)
-        if took is not None and took > self._slow_s:
-            _count(counts.slow, weight, challenger)
+    def see(self, asked: Asked) -> None:
+        """Counts whether a request, whichever version is to answer it, has the inputs that it should have."""
+        if asked.counted:
+            degraded = bool(asked.prepared.reasons(0))
+
+            def change(counts: Counts) -> None:
+                counts.seen += 1
+                counts.degraded += degraded
+
+            self._tally.add(self.challenger.rollout, change)
+
+    def _event(self, asked: Asked, weight: float, *, challenger: bool, failed: bool, took: float | None) -> Event:
+        """``took`` are the seconds inside the runner, as far as they are known."""
+        waited_ms, budget_ms = (time.perf_counter() - asked.began) * 1e3, self.challenger.budget_ms
+        slow, over = took is not None and took > self._slow_s, budget_ms is not None and waited_ms > budget_ms
+        return Event(weight, challenger, failed, slow, over)
+
+    def _judge(self, counts: Counts, asked: Asked, event: Event) -> None:
+        if self.challenger.by_entity:
+            name = f"{self.challenger.salt}/unit\x00{asked.prepared.entities[0]}"
+            event.name(counts, xxhash.xxh3_64_intdigest(name.encode()) >> _NAME_SHIFT, self._named)
+        else:
+            event.count(counts)
 
     def copies(self, key: str) -> bool:
         """Whether a request that is the champion's is copied to the challenger, and there is room for it."""
@@ -296,20 +230,23 @@ class Trial:
         coin = place(asked.key, f"{challenger.salt}/coin") < COIN
         in_shadow = challenger.weight <= 0  # later the assigned requests are the evidence
         fine = bool(self._valid(champion)[0])
-        failed = not (valid or got.late) if coin else not fine
-        took = (reply.seconds if reply is not None else None) if coin else asked.champion_s
+        copied = not (valid or got.late), reply.seconds if reply is not None else None
+        answered = not fine, asked.champion_s
+        on_trial, other = (answered, copied) if challenger.watch else (copied, answered)
+        failed, took = on_trial if coin else other
         value = float(reply.value[0]) if reply is not None else np.nan
         disagreed = valid and fine and not champion.lower[0] <= value <= champion.upper[0]
 
-        def change(counts: _Counts) -> None:
+        def change(counts: Counts) -> None:
             counts.copies += 1
-            counts.accidents += got.late
-            counts.disagreed += disagreed
+            if not challenger.watch:
+                counts.accidents += got.late
+                counts.disagreed += disagreed
             if in_shadow:
                 if failed:
-                    _count(counts.errors, COIN, coin)
+                    count(counts.errors, COIN, coin)
                 if took is not None and took > self._slow_s:
-                    _count(counts.slow, COIN, coin)
+                    count(counts.slow, COIN, coin)
 
         self._tally.add(challenger.rollout, change)
 

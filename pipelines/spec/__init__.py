@@ -4,13 +4,15 @@ from pipelines.spec.contract import Contract, Field, FieldType
 from pipelines.spec.fallback import Fallback
 from pipelines.spec.features import Calendar, Derived, Dimension, FeatureView, Fold, Lag, Neighbours, Window
 from pipelines.spec.model import Gate, ModelSpec, Split, Target
-from pipelines.spec.release import Blackout, CanaryStep, Labels, ReleasePolicy, Shadow, SkewRule
+from pipelines.spec.release import AfterWatch, Blackout, Budget, CanaryStep, Labels, ReleasePolicy, Shadow, SkewRule
 from pipelines.spec.retraining import DecayRule, DriftRule, RetrainPolicy, SearchSpace
 from pipelines.spec.source import EventSource
 from pipelines.spec.usecase import UseCase
 
 __all__ = [
+    "AfterWatch",
     "Blackout",
+    "Budget",
     "Calendar",
     "CanaryStep",
     "Contract",

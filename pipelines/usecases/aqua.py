@@ -5,6 +5,7 @@ from datetime import timedelta
 import numpy as np
 
 from pipelines.spec import (
+    Budget,
     Calendar,
     CanaryStep,
     Contract,
@@ -170,6 +171,7 @@ USE_CASE = UseCase(
         steps=(CanaryStep(weight=0.1, requests=50, time=3 * HOUR), CanaryStep(weight=0.5, requests=200, time=6 * HOUR)),
         labels=Labels(days=7),
         deadline_ms=1000,  # an hourly forecast can wait
+        budget=Budget(ms=500, share=0.05),
     ),
     retraining=RetrainPolicy(
         drift=DriftRule(columns=("inflow_mean_1d", "inflow_last_1d", "temperature")),

@@ -26,12 +26,14 @@ _COLUMNS = [
 @dataclass(frozen=True)
 class PairedDay:
     """A complete UTC day (days since 1970): over how many instances, and the mean of the challenger's loss less the
-    champion's.
+    champion's. ``missed`` is the share of outcomes outside the challenger's interval less that of the champion's; 0 in
+    journals from before it was measured.
     """
 
     day: int
     instances: int
     difference: float
+    missed: float = 0.0
 
 
 def paired_days(
@@ -73,11 +75,16 @@ def compare(logged: pa.Table, outcomes: pa.Table, *, champion: str, challenger: 
     half = np.where(champions, upper - lower, other_upper - other_lower) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = sign * (np.abs(its - actual) - np.abs(value - actual)) / half
+        outside = ((actual < lower) | (actual > upper)).astype(np.float64)
+        other_outside = ((actual < other_lower) | (actual > other_upper)).astype(np.float64)
+    missed = sign * (other_outside - outside)
     day = logged.column("_time").cast(pa.int64()).to_numpy() // DAY_US
     keep = (sign != 0) & np.isfinite(difference)
-    difference, day = difference[keep], day[keep]
+    difference, missed, day = difference[keep], missed[keep], day[keep]
     return tuple(
-        PairedDay(int(one), int((day == one).sum()), float(difference[day == one].mean())) for one in np.unique(day)
+        PairedDay(int(one), int(here.sum()), float(difference[here].mean()), float(missed[here].mean()))
+        for one in np.unique(day)
+        if (here := day == one).any()
     )
 
 

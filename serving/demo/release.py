@@ -17,7 +17,7 @@ from serving.client import Client
 from serving.demo.replay import Replay, Replayed
 from serving.demo.report import expect
 from serving.drills import Drill, register_copy
-from serving.rollout.journal import Journal
+from serving.rollout.journal import Journal, replay
 from serving.rollout.machine import Kind
 from serving.wire import RolloutStatus
 
@@ -105,7 +105,7 @@ class Releases:
         waited = time.monotonic()
         while True:
             status = self._client.rollout()
-            if status.ended == version and status.phase == "idle":
+            if status.ended == version and status.phase in ("idle", "watching"):
                 break
             if status.challenger == version and status.phase in ("shadow", "canary"):
                 expect(moments < most, f"version {version} was not decided within {most} moments: {status}")
@@ -145,7 +145,7 @@ class Releases:
         mine = entries[started:]
         ended = next(entry for entry in mine if entry.kind in _ENDS)
         withdrawn = next(entry for entry in mine if entry.kind == Kind.WITHDRAWN)
-        situation = self._client.rollout().evidence
+        evidence = replay(entries[: entries.index(withdrawn)]).evidence
         decided = ended.payload
         if ended.kind == Kind.PROMOTED:
             decided = next(entry for entry in mine if entry.kind == Kind.PROMOTION_BEGUN).payload
@@ -153,12 +153,12 @@ class Releases:
             version=version,
             outcome=ended.kind,
             guardrail=ended.payload.get("guardrail"),
-            challenger_requests=decided.get("challenger_requests", situation.challenger_requests),
-            copies=situation.copies,
+            challenger_requests=decided.get("challenger_requests", evidence.challenger_requests()),
+            copies=evidence.copies,
             batches=len(together),
             shared=sum(len(versions) > 1 for versions in together),
-            days=situation.days,
-            harmed=situation.harmed,
+            days=len(evidence.days),
+            harmed=evidence.harmed,
             failed=done.failed,
             invalid=done.invalid,
             zero_weight_s=withdrawn.payload["zero_weight_s"],

@@ -129,7 +129,10 @@ class RolloutActor:
         while not pause.wait(_LABELS_S):
             situation = self._made.situation if self._made is not None else Situation()
             state, evidence = situation.state, situation.evidence
-            if not state.tried or state.champion is None or state.challenger is None:
+            champion, challenger = state.champion, state.challenger
+            if state.phase is Phase.WATCHING:
+                champion, challenger = state.previous, state.champion
+            if not state.judged or champion is None or challenger is None:
                 continue
             try:
                 labels = situation.policy.labels
@@ -142,8 +145,8 @@ class RolloutActor:
                 days = paired_days(
                     parts.use_case,
                     parts.tables,
-                    champion=state.champion,
-                    challenger=state.challenger,
+                    champion=champion,
+                    challenger=challenger,
                     since_us=evidence.started_us,
                     now_us=now,
                     grace_us=grace,

@@ -135,7 +135,7 @@ class Controller:
     def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:
         """The complete days of a rollout with matured outcomes; known ones are not counted again."""
         with self._lock:
-            fits = self.state.tried and self.state.rollout == rollout
+            fits = self.state.judged and self.state.rollout == rollout
             later = self.situation.evidence.later(days)
             if fits and later:
                 self._record(Kind.LABELS, {"days": [asdict(day) for day in later]})
@@ -187,14 +187,14 @@ class Controller:
         if report.rollout > self.state.rollout:
             self._reread()
             raise StaleJournal(f"gateway {report.gateway} is in rollout {report.rollout}: the journal was read again")
-        if report.rollout < self.state.rollout or not (self.state.tried or self.state.phase is Phase.WITHDRAWING):
+        if report.rollout < self.state.rollout or not (self.state.judged or self.state.phase is Phase.WITHDRAWING):
             return  # counted for a rollout that is over
         if self.situation.evidence.is_next(report):
             self._record(Kind.EVIDENCE, report.model_dump(mode="json"))
         self._judge()  # a repeated one too: a controller that was killed after it had journalled it decided nothing
 
     def _judge(self) -> None:
-        if not self.state.tried:
+        if not self.state.judged:
             return
         situation = self.situation
         verdict = judge(situation.policy, situation.state, situation.evidence, self._clock.now())
@@ -203,14 +203,15 @@ class Controller:
             self._route()
 
     def _refuse_unknown_policy(self) -> None:
-        """Ends a trial whose policy, journalled by other code, is none to this code."""
-        if not (self.state.tried or self.state.phase is Phase.STARTING):
+        """Ends a trial, or a watch, whose policy, journalled by other code, is none to this code."""
+        if not (self.state.judged or self.state.phase is Phase.STARTING):
             return
         try:
             _ = self.situation.policy
         except ValidationError as error:
             reason = f"the policy it was started with does not fit this code: {error.errors()[0]['msg']}"
-            self._record(Kind.FAILED, {"reason": reason})
+            watched = self.state.phase is Phase.WATCHING
+            self._record(Kind.CONFIRMED if watched else Kind.FAILED, {"reason": reason})
 
     def _perform(self) -> None:
         state = self.state
@@ -246,7 +247,7 @@ class Controller:
     def _observe(self) -> None:
         state = self.state
         match state.phase:
-            case Phase.EMPTY | Phase.IDLE:
+            case Phase.EMPTY | Phase.IDLE | Phase.WATCHING:
                 self._observe_requests(state)
             case Phase.STARTING:
                 self._observe_start(state)
@@ -372,9 +373,17 @@ class Controller:
             self._applied = {gateway: self._applied.get(gateway, 0) for gateway in live}
             self._prepared = {gateway: self._prepared.get(gateway, set()) for gateway in live}
         if self._world.standing(state.challenger or "")[0] is Standing.ABSENT:
-            self._record(Kind.WITHDRAWN, {"zero_weight_s": round(self._seen.unrouted_s, 4)})
+            self._record(
+                Kind.WITHDRAWN, {"zero_weight_s": round(self._seen.unrouted_s, 4), "watch": self._is_to_be_watched()}
+            )
         elif self._due(_LOOK_EVERY_S):
             self._world.withdraw(state.challenger or "")
+
+    def _is_to_be_watched(self) -> bool:
+        try:
+            return self.situation.policy.watch is not None
+        except ValidationError:
+            return False
 
     def _epoch(self) -> int:
         return self.table.epoch if self.table is not None else 0
@@ -389,6 +398,7 @@ DECIDED = {
     Action.PAUSE: Kind.PAUSED,
     Action.ROLL_BACK: Kind.ROLLED_BACK,
     Action.GIVE_UP: Kind.INCONCLUSIVE,
+    Action.CONFIRM: Kind.CONFIRMED,
 }
 
 

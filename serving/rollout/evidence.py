@@ -5,28 +5,36 @@ Evidence only ever grows by journalled reports and is never edited, so a replaye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from pipelines.validation.paired import PairedDay
 
 Counts = dict[float, tuple[int, int]]
+What = Literal["exposed", "errors", "slow", "over"]
+Units = dict[float, tuple[list[int], list[int]]]
+"""Digests of entities by the challenger's share at assignment: the challenger's, the champion's."""
 _NAMED = 5  # features that a sentence names
+_EVER = "canary"
 
 
 class Report(BaseModel):
     """What one gateway counted since its last report.
 
     ``rollout`` says of which rollout; ``sequence`` counts a gateway's reports of it from 1. Counters of two are
-    [challenger, champion] by the challenger's share at assignment. The unit of ``exposed``, ``errors`` and ``slow``
-    is a request, represented by its first instance: the instances of one request share its fate, and counting each
-    would count one accident many times. ``copies`` were answered by both, ``disagreed`` of them by different
-    answers. ``served`` and ``harmed`` are instances: answered by the challenger, and answered by the champion in its
-    place; ``accidents`` are the requests in which any was harmed, and copies that were not
-    answered in time.
+    [challenger, champion] by the challenger's share at assignment. The unit of ``exposed``, ``errors``, ``slow`` and
+    ``over`` (the budget of what callers wait) is a request, represented by its first instance: the instances of one
+    request share its fate, and counting each would count one accident many times. Of ``seen`` requests, whichever
+    version answered, ``degraded`` had inputs that were missing, stale or made up. ``copies`` were answered by both,
+    ``disagreed`` of them by different answers. ``served`` and ``harmed`` are instances: answered by the challenger, and
+    answered by the champion in its place; ``accidents`` are the requests in which any was harmed, and copies that were
+    not answered in time.
+
+    Where entities are assigned, these four counters are empty and ``units`` tells of which entities they would be, each
+    as soon as this gateway sees it; that several gateways see one is noticed where they come together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +45,10 @@ class Report(BaseModel):
     exposed: dict[float, tuple[NonNegativeInt, NonNegativeInt]] = {}
     errors: dict[float, tuple[NonNegativeInt, NonNegativeInt]] = {}
     slow: dict[float, tuple[NonNegativeInt, NonNegativeInt]] = {}
+    over: dict[float, tuple[NonNegativeInt, NonNegativeInt]] = {}
+    units: dict[What, Units] = {}
+    seen: NonNegativeInt = 0
+    degraded: NonNegativeInt = 0
     copies: NonNegativeInt = 0
     disagreed: NonNegativeInt = 0
     served: NonNegativeInt = 0
@@ -64,14 +76,18 @@ class Skew(BaseModel):
 
 @dataclass(frozen=True)
 class Evidence:
-    """All of it. ``ratio`` is ``exposed`` since the sample-ratio test last began, ``skew`` the last that was found
-    since somebody resumed the rollout; moments in microseconds.
+    """All of it; moments in microseconds. What pauses a rollout is kept since somebody last resumed it: ``ratio``
+    (``exposed`` since then), ``seen`` with ``degraded``, and the last ``skew`` that was found. ``known`` are the
+    entities that were counted, by what for.
     """
 
     exposed: Counts = field(default_factory=dict)
     errors: Counts = field(default_factory=dict)
     slow: Counts = field(default_factory=dict)
+    over: Counts = field(default_factory=dict)
     ratio: Counts = field(default_factory=dict)
+    seen: int = 0
+    degraded: int = 0
     copies: int = 0
     disagreed: int = 0
     served: int = 0
@@ -82,21 +98,28 @@ class Evidence:
     started_us: int = 0
     stage_us: int = 0
     sequences: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def with_report(self, report: Report) -> Evidence:
         """With one more report, which must be the gateway's next (see ``is_next``)."""
+        named = _Named(self.known)
+        exposed, over, first = named.exposures(report.units)
         return replace(
             self,
-            exposed=_sum(self.exposed, report.exposed),
-            errors=_sum(self.errors, report.errors),
-            slow=_sum(self.slow, report.slow),
-            ratio=_sum(self.ratio, report.exposed),
+            exposed=_sum(_sum(self.exposed, report.exposed), exposed),
+            errors=_sum(_sum(self.errors, report.errors), named.events(report.units, "errors")),
+            slow=_sum(_sum(self.slow, report.slow), named.events(report.units, "slow")),
+            over=_sum(_sum(self.over, report.over), over),
+            ratio=_sum(_sum(self.ratio, report.exposed), first),
+            seen=self.seen + report.seen,
+            degraded=self.degraded + report.degraded,
             copies=self.copies + report.copies,
             disagreed=self.disagreed + report.disagreed,
             served=self.served + report.served,
             harmed=self.harmed + report.harmed,
             accidents=self.accidents + report.accidents,
             sequences={**self.sequences, report.gateway: report.sequence},
+            known=named.known,
         )
 
     def is_next(self, report: Report) -> bool:
@@ -120,12 +143,52 @@ class Evidence:
         return replace(self, stage_us=now_us)
 
     def resumed(self) -> Evidence:
-        """Without what pauses a rollout: whoever resumes it has looked at that. The sample-ratio test begins anew."""
-        return replace(self, ratio={}, skew=None)
+        """Without what pauses a rollout: whoever resumes it has looked at that. Its tests begin anew."""
+        return replace(self, ratio={}, skew=None, seen=0, degraded=0)
+
+    @property
+    def entities(self) -> int:
+        """How many entities were seen in the canary, where entities are assigned."""
+        return len(self.known.get(_EVER, ()))
 
     def challenger_requests(self) -> int:
         """How many requests the challenger got, copies included."""
         return self.copies + sum(challenger for challenger, _ in self.exposed.values())
+
+
+class _Named:
+    """Counts entities that are reported by name, each once.
+
+    What befalls an entity is counted once a rollout: as the place of an entity in the split is drawn once, its second
+    error would tell nothing new of the version. An exposure is counted once a step, for progress, and once a rollout
+    for the sample ratio; a wait over the budget only with the exposure it came with, so that it is one of a request.
+    """
+
+    def __init__(self, known: Mapping[str, frozenset[int]]) -> None:
+        self.known = dict(known)
+
+    def exposures(self, units: Mapping[What, Units]) -> tuple[Counts, Counts, Counts]:
+        """The new exposures of the step, those of them that were over the budget, and the first ones."""
+        exposed, over, first = {}, {}, {}
+        for weight, pair in units.get("exposed", {}).items():
+            new = self._new(f"step {weight}", pair)
+            exposed[weight] = (len(new[0]), len(new[1]))
+            late = units.get("over", {}).get(weight, ([], []))
+            over[weight] = (len(new[0].intersection(late[0])), len(new[1].intersection(late[1])))
+            ever = self._new(_EVER, new)
+            first[weight] = (len(ever[0]), len(ever[1]))
+        return exposed, over, first
+
+    def events(self, units: Mapping[What, Units], kind: What) -> Counts:
+        """The first events of a kind."""
+        new = {weight: self._new(kind, pair) for weight, pair in units.get(kind, {}).items()}
+        return {weight: (len(challenger), len(champion)) for weight, (challenger, champion) in new.items()}
+
+    def _new(self, name: str, pair: tuple[Iterable[int], Iterable[int]]) -> tuple[set[int], set[int]]:
+        had = self.known.get(name, frozenset())
+        challenger, champion = (set(side) - had for side in pair)
+        self.known[name] = had | challenger | champion
+        return challenger, champion
 
 
 def days_of(payload: Any) -> tuple[PairedDay, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.database import Database, JournalEntry
 from pipelines.spec import ReleasePolicy
 from serving.rollout.evidence import Evidence, Report, Skew, days_of
-from serving.rollout.machine import Kind, State, restored, snapshot, step
+from serving.rollout.machine import Kind, Phase, State, restored, snapshot, step
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Situation:
                 evidence = replace(evidence, skew=Skew.model_validate(payload))
             case Kind.READY | Kind.ADVANCED:
                 evidence = evidence.at_stage(entry.at_us)
+            case Kind.WITHDRAWN if state.phase is Phase.WATCHING:
+                evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us, sequences=evidence.sequences)
             case Kind.RESUMED:
                 evidence = evidence.resumed()
         return Situation(state, evidence, fields, entry.sequence)

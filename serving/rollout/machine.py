@@ -22,6 +22,7 @@ class Phase(StrEnum):
     CANARY = "canary"  # it answers a share of the instances
     PROMOTING = "promoting"  # every gateway loads and warms it
     WITHDRAWING = "withdrawing"  # it gets nothing any more and is being taken down
+    WATCHING = "watching"  # it was promoted, and the version before it still gets copies
 
 
 class Kind(StrEnum):
@@ -47,6 +48,7 @@ class Kind(StrEnum):
     PROMOTION_BEGUN = "promotion_begun"
     PROMOTED = "promoted"
     WITHDRAWN = "withdrawn"
+    CONFIRMED = "confirmed"
 
 
 class Outcome(StrEnum):
@@ -108,6 +110,11 @@ class State:
     def tried(self) -> bool:
         """Whether the challenger is being tried: it gets copies, and what becomes of them is evidence."""
         return self.phase in (Phase.SHADOW, Phase.CANARY, Phase.PROMOTING)
+
+    @property
+    def judged(self) -> bool:
+        """Whether what is counted and what matures is evidence: of the challenger, or of a champion that is watched."""
+        return self.tried or self.phase is Phase.WATCHING
 
     @property
     def last_step(self) -> bool:
@@ -198,11 +205,20 @@ def _reverted(state: State, event: Payload) -> State:
     if state.previous is None:
         raise NotAllowed(f"no version is kept that version {state.champion} could be taken back to")
     back = replace(state, champion=state.previous, previous=None, reverted=state.champion)
+    if state.phase is Phase.WATCHING:
+        return replace(back, phase=Phase.IDLE)
     return back if state.phase in (Phase.IDLE, Phase.WITHDRAWING) else _ends(Outcome.ABORTED)(back, event)
 
 
-def _withdrawn(state: State, _: Payload) -> State:
-    return replace(state, phase=Phase.IDLE, challenger=None, weights=(), step=-1, approved=False)
+def _withdrawn(state: State, event: Payload) -> State:
+    """``watch`` says whether a version that was promoted is to be watched; one that was taken back is not."""
+    kept = state.outcome is Outcome.PROMOTED and state.previous is not None
+    phase = Phase.WATCHING if kept and event.get("watch") else Phase.IDLE
+    return replace(state, phase=phase, challenger=None, weights=(), step=-1, approved=False)
+
+
+def _confirmed(state: State, _: Payload) -> State:
+    return replace(state, phase=Phase.IDLE)
 
 
 _STOPPED = {
@@ -223,9 +239,11 @@ _TRIED = {
     Kind.INCONCLUSIVE: _ends(Outcome.INCONCLUSIVE),
 }
 
+_ANSWERING = {Kind.STARTED: _started, Kind.REFUSED: _refused, Kind.REVERTED: _reverted}
+
 TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
     Phase.EMPTY: {Kind.ADOPTED: _adopted},
-    Phase.IDLE: {Kind.STARTED: _started, Kind.REFUSED: _refused, Kind.REVERTED: _reverted},
+    Phase.IDLE: _ANSWERING,
     Phase.STARTING: {
         **_STOPPED,
         Kind.SKEW: _same,
@@ -242,6 +260,13 @@ TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
         Kind.PROMOTED: _promoted,
     },
     Phase.WITHDRAWING: {Kind.EVIDENCE: _same, Kind.REVERTED: _reverted, Kind.WITHDRAWN: _withdrawn},
+    Phase.WATCHING: {
+        **_ANSWERING,
+        Kind.EVIDENCE: _same,
+        Kind.LABELS: _same,
+        Kind.ROLLED_BACK: _reverted,
+        Kind.CONFIRMED: _confirmed,
+    },
 }
 
 
@@ -262,7 +287,7 @@ def required(state: State) -> tuple[Effect, ...]:
     match state.phase:
         case Phase.EMPTY:
             return ()
-        case Phase.IDLE:
+        case Phase.IDLE | Phase.WATCHING:
             return (Effect.ROUTE, Effect.CLOSE, Effect.TELL)
         case Phase.STARTING | Phase.SHADOW | Phase.CANARY | Phase.PROMOTING:
             return (Effect.ROUTE, Effect.DEPLOY, Effect.TELL)
@@ -271,13 +296,14 @@ def required(state: State) -> tuple[Effect, ...]:
 
 
 def snapshot(state: State) -> dict[str, Any]:
-    """An idle state as the payload from which ``restored`` makes it again."""
-    if state.phase is not Phase.IDLE:
+    """A state without a challenger as the payload from which ``restored`` makes it again."""
+    if state.phase not in (Phase.IDLE, Phase.WATCHING):
         raise ValueError(f"only an idle state is kept whole, not one that is {state.phase}")
-    kept = ("champion", "previous", "rollout", "salt", "request", "outcome", "ended")
+    kept = ("phase", "champion", "previous", "rollout", "salt", "request", "outcome", "ended")
     return {name: getattr(state, name) for name in (*kept, "refused", "refused_request", "reverted")}
 
 
 def restored(payload: Payload) -> State:
-    """The idle state that ``snapshot`` kept."""
-    return State(Phase.IDLE, **{**payload, "outcome": Outcome(payload["outcome"])})
+    """The state that ``snapshot`` kept; of journals from before there was a watch it is idle."""
+    phase, outcome = Phase(payload.get("phase", Phase.IDLE)), Outcome(payload["outcome"])
+    return State(**{**payload, "phase": phase, "outcome": outcome})

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipelines.spec.release import Assignment
 from serving.rollout.journal import Situation
 from serving.rollout.judge import judge, measure
 from serving.rollout.machine import Outcome, Phase, State
@@ -24,7 +25,7 @@ def describe(situation: Situation, now_us: int) -> dict[str, Any]:
     log_e: dict[str, float] = {}
     threshold: dict[str, float] = {}
     try:
-        if state.tried:
+        if state.judged:
             verdict = judge(situation.policy, state, evidence, now_us)
             log_e, threshold = verdict.log_e, verdict.threshold
             said = {"verdict": verdict.action, "reason": verdict.reason}
@@ -50,6 +51,7 @@ def describe(situation: Situation, now_us: int) -> dict[str, Any]:
             "harmed": evidence.harmed,
             "copies": evidence.copies,
             "disagreed": evidence.disagreed,
+            "degraded": evidence.degraded,
             "days": len(evidence.days),
             "skewed": evidence.skew.mismatched if evidence.skew is not None else 0,
             "log_e": finite(log_e),
@@ -88,17 +90,22 @@ def document(situation: Situation) -> dict[str, Any] | None:
     if state.champion is None:
         return None
     challenger = None
-    if state.tried and state.challenger is not None:
+    asked = state.challenger if state.tried else state.previous if state.phase is Phase.WATCHING else None
+    if asked is not None:
         policy = situation.policy
+        watch = policy.watch if state.phase is Phase.WATCHING else None
         challenger = Challenger(
-            version=state.challenger,
+            version=asked,
             rollout=state.rollout,
+            watch=watch is not None,
             salt=state.salt,
+            by_entity=policy.assignment is Assignment.ENTITY,
             weight=state.weight,
-            shadow=policy.shadow.share,
+            shadow=policy.shadow.share if watch is None else watch.share,
             deadline_ms=policy.deadline_ms,
             slow_factor=policy.slow_factor,
             slow_floor_ms=policy.slow_floor_ms,
+            budget_ms=policy.budget.ms if policy.budget is not None else None,
             harm_cap=policy.harm_cap,
         ).model_dump(mode="json")
     return {

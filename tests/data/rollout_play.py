@@ -211,9 +211,9 @@ class Play:
             self._survive(lambda: self.controller.exchange(GATEWAY, epoch, prepared, {}, None, 0.0))  # noqa: B023
 
     def report(self, **counters: Any) -> None:
-        """What the gateway sends, again and again until it is acknowledged; nothing without a challenger."""
+        """What the gateway sends, again and again until it is acknowledged; nothing where nothing is judged."""
         rollout = self.controller.state.rollout
-        if not self.controller.state.tried:
+        if not self.controller.state.judged:
             return
         self.sent[rollout] = self.sent.get(rollout, 0) + 1
         report = {"gateway": GATEWAY, "sequence": self.sent[rollout], "rollout": rollout, **counters}
@@ -250,7 +250,9 @@ class Play:
 
 STEPS = {
     "wait": lambda play: setattr(play.clock, "time", play.clock.time + 7 * HOUR),
+    "day": lambda play: setattr(play.clock, "time", play.clock.time + 24 * HOUR),
     "copies": lambda play: play.report(copies=150),
+    "coins": lambda play: play.report(copies=150, errors={"0.5": (20, 0)}),
     "healthy": lambda play: play.report(exposed={"0.1": (60, 540), "0.5": (250, 250)}, served=310),
     "errors": lambda play: play.report(exposed={"0.1": (10, 90)}, errors={"0.1": (12, 0)}, harmed=12, accidents=12),
     "harm": lambda play: play.report(harmed=30, accidents=30),
@@ -278,6 +280,9 @@ STORIES = [
     [*SHADOWED, "skew", "copies", "wait", "settle", "resume"],
     ["settle", *APPROVED, "revert", "revert", "ask", "settle", "copies", "wait", "settle", "abort", "settle", "revert"],
     ["settle", *APPROVED, "ask", "settle", "revert", "settle", "ask", "settle"],
+    ["settle", *APPROVED, "coins", "day", "settle", "revert", "ask", "settle"],
+    ["settle", *APPROVED, "worse", "day", "settle", "ask", "settle"],
+    ["settle", *APPROVED, "better", "wait", "settle", "day", "settle", "coins", "revert", "settle"],
     ["settle", "ask oddly", "ask oddly", "ask", "settle", "abort", "settle", "ask oddly"],
 ]
 

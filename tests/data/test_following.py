@@ -250,6 +250,21 @@ def test_a_registry_that_hangs_over_a_challenger_keeps_no_table_and_no_report_ba
     until(lambda: follower.serving.trial is not None)
 
 
+def test_a_watched_champion_is_tried_beside_the_version_before_it_once_that_is_loaded(around, follower):
+    watch = CHALLENGER.model_copy(update={"version": "2", "watch": True, "weight": 0.0})
+    around.tables.put(table(6, previous="2", challenger=watch))
+    until(lambda: follower.serving.table.epoch == 6)
+    around.after(3)
+    assert follower.serving.trial is None, "the version before it is being loaded"
+    around.loaded.set()
+    around.warmed.set()
+    until(lambda: follower.serving.trial is not None)
+    assert follower.serving.trial.challenger == watch
+    around.tables.put(table(7, previous="2", challenger=CHALLENGER))
+    until(lambda: follower.serving.table.epoch == 7)
+    assert follower.serving.trial is None, "a rollout of the same number, whose challenger cannot be asked yet"
+
+
 def test_without_the_controller_newer_tables_come_from_the_database(around, follower):
     around.away = True
     around.database.put_routing("aqua", 5, {**FIRST, "previous": "1"})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines.spec import Blackout, CanaryStep, Labels, ReleasePolicy, Shadow
+from pipelines.spec.release import GUARDRAILS
 from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Evidence, Report, Skew
 from serving.rollout.judge import Action, judge
@@ -34,6 +35,11 @@ def days(*differences: float) -> tuple[PairedDay, ...]:
     return tuple(PairedDay(i, 240, difference) for i, difference in enumerate(differences))
 
 
+def missing(*differences: float) -> tuple[PairedDay, ...]:
+    """Days on which the challenger's interval misses so much more of the outcomes than the champion's."""
+    return tuple(PairedDay(i, 240, 0.0, difference) for i, difference in enumerate(differences))
+
+
 HEALTHY = Evidence(copies=150, exposed={0.1: (120, 1080), 0.5: (300, 300)}, ratio={0.1: (120, 1080), 0.5: (300, 300)})
 
 
@@ -43,8 +49,10 @@ HEALTHY = Evidence(copies=150, exposed={0.1: (120, 1080), 0.5: (300, 300)}, rati
         ("harm", replace(HEALTHY, harmed=25, accidents=25)),
         ("errors", replace(HEALTHY, errors={0.1: (6, 0)})),
         ("latency", replace(HEALTHY, slow={0.5: (20, 0)})),
+        ("budget", replace(HEALTHY, over={0.1: (40, 0)})),
         ("disagreement", replace(HEALTHY, copies=150, disagreed=60)),
         ("quality", replace(HEALTHY, days=days(*[0.08] * 30))),
+        ("coverage", replace(HEALTHY, days=missing(*[0.3] * 30))),
     ],
 )
 def test_each_guardrail_rolls_back_on_its_own_evidence(guardrail, evidence):
@@ -60,6 +68,10 @@ def test_each_guardrail_rolls_back_on_its_own_evidence(guardrail, evidence):
         replace(HEALTHY, errors={0.1: (100, 900)}),  # an outage that both share
         replace(HEALTHY, slow={0.1: (30, 270), 0.5: (100, 100)}),
         replace(HEALTHY, disagreed=15),
+        replace(HEALTHY, over={0.1: (60, 540)}),  # more than the budget allows, and the champion's requests as well
+        replace(HEALTHY, over={0.1: (8, 0)}),  # more than the champion's, and within the budget
+        replace(HEALTHY, seen=1000, degraded=250),
+        replace(HEALTHY, days=missing(*[0.0] * 60)),
         replace(HEALTHY, days=days(*[0.0] * 60)),
         replace(HEALTHY, harmed=24, accidents=24),
         replace(HEALTHY, harmed=900, accidents=1),  # one late call of a large batch
@@ -76,11 +88,16 @@ def test_no_guardrail_trips_on_an_identical_version(evidence):
         replace(HEALTHY, slow={0.5: (1250, 1000)}),
         replace(HEALTHY, slow={0.1: (125, 900), 0.5: (125, 100)}),
         replace(HEALTHY, copies=5000, disagreed=500),
+        replace(HEALTHY, over={0.5: (1250, 1000)}),
+        replace(HEALTHY, exposed={0.1: (5000, 0)}, over={0.1: (100, 0)}),
+        replace(HEALTHY, seen=5000, degraded=1250),
+        *(replace(HEALTHY, days=missing(*[missed] * 365)) for missed in (0.01, 0.04, 0.0499)),
         *(replace(HEALTHY, days=days(*[difference] * 365)) for difference in (0.005, 0.015, 0.0199)),
     ],
 )
 def test_what_the_page_puts_up_with_is_not_held_against_a_version_however_long_it_goes_on(evidence):
     assert (POLICY.tolerance, POLICY.disagreement, POLICY.labels.margin) == (0.25, 0.1, 0.02)
+    assert (POLICY.budget.share, POLICY.labels.coverage_margin, POLICY.degraded) == (0.02, 0.05, 0.25)
     for state in (SHADOW, CANARY, LAST, replace(LAST, phase=Phase.PROMOTING)):
         verdict = judge(POLICY, state, evidence, LATER)
         assert verdict.action not in (Action.ROLL_BACK, Action.PAUSE)
@@ -95,6 +112,18 @@ MARGIN, CLIP = 0.02, 0.08
 REACHED = {
     "errors": (lambda n: replace(HEALTHY, errors={0.1: (n, 3)}), lambda n: direct_rate(events(0.1, n, 3), 0.25)),
     "latency": (lambda n: replace(HEALTHY, slow={0.5: (n, 2)}), lambda n: direct_rate(events(0.5, n, 2), 0.25)),
+    "budget": (
+        lambda n: replace(HEALTHY, over={0.1: (n, 0)}),
+        lambda n: min(direct_bernoulli(n, 420, 0.02), direct_rate(events(0.1, n, 0), 0.25)),
+    ),
+    "coverage": (
+        lambda n: replace(HEALTHY, days=missing(*[0.1] * n)),
+        lambda n: direct_mean_below([-0.5] * n, -0.25),
+    ),
+    "degraded": (
+        lambda n: replace(HEALTHY, seen=400, degraded=n),
+        lambda n: direct_bernoulli(n, 400, 0.25),
+    ),
     "disagreement": (lambda n: replace(HEALTHY, disagreed=n), lambda n: direct_bernoulli(n, 150, 0.1)),
     "quality": (
         lambda n: replace(HEALTHY, days=days(*[0.05] * n)),
@@ -109,14 +138,32 @@ REACHED = {
 
 @pytest.mark.parametrize("guardrail", REACHED)
 def test_a_guardrail_acts_where_its_share_of_alpha_says_and_not_before(guardrail):
-    """``alpha`` is split equally over five guardrails; the evidence is written out in ``test_sequential``."""
+    """``alpha`` is split equally over eight guardrails; the evidence is written out in ``test_sequential``."""
     evidence, log_e = REACHED[guardrail]
-    first = next(n for n in range(2, 200) if log_e(n) >= math.log(5 / 0.01))
+    first = next(n for n in range(2, 200) if log_e(n) >= math.log(8 / 0.01))
     before, at = (judge(POLICY, CANARY, evidence(n), LATER) for n in (first - 1, first))
     assert before.guardrail is None
     assert before.log_e[guardrail] == pytest.approx(log_e(first - 1))
     assert at.guardrail == guardrail
-    assert at.action is (Action.PAUSE if guardrail == "sample_ratio" else Action.ROLL_BACK)
+    assert at.action is (Action.PAUSE if guardrail in ("sample_ratio", "degraded") else Action.ROLL_BACK)
+
+
+def test_the_budget_alone_holds_back_nobody_and_is_no_guardrail_where_there_is_none():
+    """Both its hypotheses have to be refuted: whichever is the weaker says so."""
+    kept = replace(HEALTHY, exposed={0.1: (400, 3600)}, over={0.1: (8, 0)})
+    shared = replace(HEALTHY, over={0.1: (60, 540)})
+    for evidence in (kept, shared):
+        assert judge(POLICY, CANARY, evidence, LATER).log_e["budget"] < 0
+    without = POLICY.model_copy(update={"budget": None})
+    assert judge(without, CANARY, replace(HEALTHY, over={0.1: (40, 0)}), LATER).guardrail is None
+
+
+def test_degraded_inputs_pause_until_somebody_resumes_and_their_test_begins_anew():
+    starved = replace(HEALTHY, seen=400, degraded=250)
+    verdict = judge(POLICY, CANARY, starved, LATER)
+    assert verdict.reason == "250 of 400 requests had degraded inputs, more than 25%"
+    assert judge(POLICY, replace(CANARY, paused=True), starved, LATER).action is Action.HOLD
+    assert judge(POLICY, CANARY, starved.resumed(), LATER).action is Action.ADVANCE
 
 
 def test_an_identical_version_is_not_withdrawn_in_simulated_traffic():
@@ -127,18 +174,20 @@ def test_an_identical_version_is_not_withdrawn_in_simulated_traffic():
         evidence = Evidence()
         for number in range(1, 31):
             assigned = rng.random(200) < 0.1
-            bad, slow = rng.random(200) < 0.02, rng.random(200) < 0.03
+            bad, slow, over = rng.random(200) < 0.02, rng.random(200) < 0.03, rng.random(200) < 0.05
             pair = [
-                {0.1: (int((a & assigned).sum()), int((a & ~assigned).sum()))} for a in (np.ones(200, bool), bad, slow)
+                {0.1: (int((a & assigned).sum()), int((a & ~assigned).sum()))}
+                for a in (np.ones(200, bool), bad, slow, over)
             ]
             evidence = evidence.with_report(
                 Report(
                     gateway="g", sequence=number, rollout=1, exposed=pair[0], errors=pair[1], slow=pair[2],
+                    over=pair[3], seen=200, degraded=int(rng.binomial(200, 0.2)),
                     copies=100, disagreed=int(rng.binomial(100, 0.08)), harmed=(harmed := int(rng.binomial(20, 0.01))),
                     accidents=harmed,
                 )
             )  # fmt: skip
-            evidence = evidence.with_labels((PairedDay(number, 240, float(rng.normal(0, 0.04))),))
+            evidence = evidence.with_labels((PairedDay(number, 240, *rng.normal(0, 0.04, 2).tolist()),))
             verdict = judge(POLICY, CANARY, evidence, 0)
             if verdict.action in (Action.ROLL_BACK, Action.PAUSE):
                 withdrawn += 1
@@ -264,7 +313,9 @@ def test_a_policy_that_cannot_be_held_to_is_refused():
     with pytest.raises(ValueError, match="unknown guardrails"):
         ReleasePolicy(split={"mood": 1.0})
     with pytest.raises(ValueError, match="more than 1"):
-        ReleasePolicy(split={"errors": 0.6, "latency": 0.6, "disagreement": 0.1, "quality": 0.1, "sample_ratio": 0.1})
+        ReleasePolicy(split=dict.fromkeys(GUARDRAILS, 0.13))
+    with pytest.raises(ValueError, match="coverage margin"):
+        Labels(coverage_margin=0.2)
     with pytest.raises(ValueError, match="shares"):
         ReleasePolicy(skew={"shares": 0.1})
     with pytest.raises(ValueError, match="cannot be seen"):

@@ -53,15 +53,20 @@ def tables(given_rows) -> tuple[pa.Table, pa.Table]:
     )
 
 
-def naive(given_rows) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
+def naive(given_rows) -> dict[int, list[tuple[float, int]]]:
+    """By day, of each row: the difference of losses, and how many outcomes more the challenger's interval missed."""
+    found: dict[int, list[tuple[float, int]]] = {}
     for day, (version, other), value, its, half, actual in given_rows:
         if its is None or actual is None or {version, other} != {"1", "2"}:
             continue
         champion, challenger = (value, its) if version == "1" else (its, value)
         # The interval is stored by its ends, so its width is theirs: the champion's, whichever of the two it was.
         width = ((value + half) - (value - half)) / 2 if version == "1" else ((its + 2 * half) - (its - 2 * half)) / 2
-        found.setdefault(START // DAY + day, []).append((abs(challenger - actual) - abs(champion - actual)) / width)
+        missed = not value - half <= actual <= value + half
+        its_missed = not its - 2 * half <= actual <= its + 2 * half
+        more = int(its_missed) - int(missed) if version == "1" else int(missed) - int(its_missed)
+        difference = (abs(challenger - actual) - abs(champion - actual)) / width
+        found.setdefault(START // DAY + day, []).append((difference, more))
     return found
 
 
@@ -72,7 +77,8 @@ def test_the_difference_by_day_is_that_of_the_rows_one_by_one(given_rows):
     wanted = naive(given_rows)
     assert [(d.day, d.instances) for d in found] == [(day, len(values)) for day, values in sorted(wanted.items())]
     for day in found:
-        assert day.difference == pytest.approx(sum(wanted[day.day]) / day.instances, abs=1e-9)
+        assert day.difference == pytest.approx(sum(d for d, _ in wanted[day.day]) / day.instances, abs=1e-9)
+        assert day.missed == pytest.approx(sum(more for _, more in wanted[day.day]) / day.instances, abs=1e-9)
 
 
 def test_only_complete_days_count(tmp_path):

@@ -70,14 +70,17 @@ def test_a_kill_at_any_one_point_of_a_story_changes_nothing(database, steps):
 
 def test_the_usual_way_ends_in_a_promotion_and_keeps_the_old_champion_warm(database):
     play = play_out(database, "usual", ["settle", *USUAL], [], frozenset())
-    assert play.controller.state.phase is Phase.IDLE
+    assert play.controller.state.phase is Phase.WATCHING
     assert play.world.routed is not None
     assert (play.world.routed.champion, play.world.routed.previous) == ("2", "1")
+    watched = play.world.routed.challenger
+    assert watched is not None
+    assert (watched.version, watched.watch, watched.weight, watched.shadow) == ("1", True, 0.0, 0.1)
     assert play.world.closed == {"1": "promoted", "2": "promoted"}
     assert aliases(play.controller.state) == {"champion": "2", "previous": "1"}
     assert play.world.alerts == {}
     assert play.world.applications == set()
-    assert [weight for _, weight in play.world.history] == [0.0, 0.0, 0.1, 0.5, 0.5, 0.0]
+    assert [weight for _, weight in play.world.history] == [0.0, 0.0, 0.1, 0.5, 0.5, 0.0, 0.0]
 
 
 def test_a_challenger_that_does_not_start_leaves_the_champion_alone(database):

@@ -16,7 +16,8 @@ CANARY = replace(SHADOW, phase=Phase.CANARY, step=0)
 LAST = replace(CANARY, step=1)
 PROMOTING = replace(LAST, phase=Phase.PROMOTING)
 WITHDRAWING = replace(LAST, phase=Phase.WITHDRAWING, outcome=Outcome.ROLLED_BACK, ended="2")
-STATES = {s.phase: s for s in (State(), IDLE, STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING)}
+WATCHING = State(Phase.WATCHING, champion="1", rollout=1, salt="pepper", outcome=Outcome.PROMOTED, ended="1")
+STATES = {s.phase: s for s in (State(), IDLE, STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING, WATCHING)}
 
 
 def withdrawing(state: State, outcome: Outcome, **changes: object) -> State:
@@ -78,6 +79,15 @@ EXPECTED = {
         Kind.REVERTED: lambda s: replace(s, **BACK),
         Kind.WITHDRAWN: lambda s: replace(s, phase=Phase.IDLE, challenger=None, weights=(), step=-1),
     },
+    Phase.WATCHING: {
+        Kind.STARTED: lambda _: replace(STARTING, rollout=2, previous="0"),
+        Kind.REFUSED: lambda s: replace(s, refused="3", refused_request=9),
+        Kind.REVERTED: lambda s: replace(s, phase=Phase.IDLE, **BACK),
+        Kind.EVIDENCE: lambda s: s,
+        Kind.LABELS: lambda s: s,
+        Kind.ROLLED_BACK: lambda s: replace(s, phase=Phase.IDLE, **BACK),
+        Kind.CONFIRMED: lambda s: replace(s, phase=Phase.IDLE),
+    },
 }
 
 
@@ -85,7 +95,7 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", Kind)
 def test_every_transition(phase, kind):
     state, wanted = STATES[phase], EXPECTED[phase].get(kind)
-    if kind is Kind.REVERTED:
+    if kind is Kind.REVERTED or phase is Phase.WATCHING:
         state = replace(state, previous="0")
     payload = {"step": 1} if (phase, kind) == (Phase.CANARY, Kind.ADVANCED) else PAYLOAD.get(kind, {})
     if wanted is None:
@@ -125,6 +135,23 @@ def test_the_weight_is_that_of_the_step_and_nothing_before_and_after():
         0.0, 0.0, 0.0, 0.1, 0.5, 0.5, 0.0,
     ]  # fmt: skip
     assert [s.tried for s in (STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING)] == [False, True, True, True, False]
+    assert [phase for phase, state in STATES.items() if state.judged != state.tried] == [Phase.WATCHING]
+
+
+def test_only_a_version_that_was_promoted_and_not_taken_back_is_watched():
+    promoted = replace(WITHDRAWING, outcome=Outcome.PROMOTED, champion="2", previous="1")
+    watched = step(promoted, Kind.WITHDRAWN, {"watch": True})
+    assert (watched.phase, watched.champion, watched.previous, watched.challenger) == (Phase.WATCHING, "2", "1", None)
+    assert restored(json.loads(json.dumps(snapshot(watched)))) == watched
+    back = step(promoted, Kind.REVERTED, {})
+    refused = replace(promoted, outcome=Outcome.ROLLED_BACK)
+    for state, given in (
+        (promoted, {}),
+        (promoted, {"watch": False}),
+        (back, {"watch": True}),
+        (refused, {"watch": True}),
+    ):
+        assert step(state, Kind.WITHDRAWN, given).phase is Phase.IDLE
 
 
 def test_a_second_rollout_knows_nothing_of_the_first_but_its_number():
@@ -150,5 +177,7 @@ def test_an_idle_state_comes_back_from_what_is_kept_of_it():
     idle = step(step(replace(WITHDRAWING, previous="0"), Kind.REVERTED, {}), Kind.WITHDRAWN, {})
     assert idle.reverted == "1"
     assert restored(json.loads(json.dumps(snapshot(idle)))) == idle
+    old = {name: value for name, value in snapshot(idle).items() if name != "phase"}
+    assert restored(old) == idle, "of a journal from before there was a watch"
     with pytest.raises(ValueError, match="only an idle state"):
         snapshot(CANARY)

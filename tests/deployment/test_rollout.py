@@ -25,19 +25,26 @@ import pytest
 
 from cluster import processes, session
 from cluster.database import Database
-from pipelines.spec import CanaryStep, ReleasePolicy, Shadow
+from pipelines.spec import AfterWatch, CanaryStep, ReleasePolicy, Shadow
+from pipelines.spec.release import Assignment
 from pipelines.training.registry import Registry
 from serving.client import Client, TidegateError
 from serving.drills import Drill, register_copy
+from serving.rollout.evidence import Report
 from serving.rollout.journal import Journal, replay
 from serving.rollout.machine import Kind
 from tests.deployment.waiting import until
 
 NOW = timedelta(0)
 QUICK = ReleasePolicy(
-    shadow=Shadow(requests=20, time=NOW), steps=(CanaryStep(weight=0.5, requests=30, time=NOW),), harm_cap=10_000
+    shadow=Shadow(requests=20, time=NOW),
+    steps=(CanaryStep(weight=0.5, requests=30, time=NOW),),
+    harm_cap=10_000,
+    watch=None,
 )
+WATCHED = QUICK.model_copy(update={"watch": AfterWatch(share=1.0)})
 LONG = QUICK.model_copy(update={"steps": (CanaryStep(weight=0.5, requests=1_000_000, time=NOW),)})
+SETTLED = ("idle", "watching")
 CYCLES = 5
 CALLERS = 3
 INSTANCE = {"district": "dma_1", "temperature": 8.0, "rain": 0.0, "holiday": False}
@@ -88,7 +95,7 @@ def load(demo, request) -> Iterator[Load]:
 def client(demo) -> Iterator[Client]:
     with demo.client() as found:
         yield found
-        if (left := found.rollout()).phase != "idle":  # a test that failed leaves nothing to the next one
+        if (left := found.rollout()).phase not in SETTLED:  # a test that failed leaves nothing to the next one
             found.rollout_command("abort", "the test ended")
             finished(found, str(left.challenger))
 
@@ -105,8 +112,33 @@ def answering(client: Client, version: str) -> None:
 
 
 def finished(client: Client, version: str) -> str | None:
-    until(lambda: (s := client.rollout()).ended == version and s.phase == "idle", f"{version} is over", 90)
+    until(lambda: (s := client.rollout()).ended == version and s.phase in SETTLED, f"{version} is over", 90)
     return client.rollout().outcome
+
+
+REPORTING = """
+import json, sys, ray
+from cluster import session
+from cluster.settings import Settings
+from serving.rollout.actor import handle
+session.connect(Settings.from_environment())
+report = json.loads(sys.argv[1])
+ray.get(handle("aqua").exchange.remote(report["gateway"], 0, [], {}, report, 0.0), timeout=10)
+"""
+
+
+def tell(demo, report: Report) -> None:
+    """Reports to the controller as a gateway of this cluster does; it has decided when this returns."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TIDEGATE_"))}
+    command = [sys.executable, "-c", REPORTING, report.model_dump_json()]
+    subprocess.run(command, env=environment | demo.settings.environment(), check=True)
+
+
+def went_back(load: Load, version: str) -> bool:
+    """Whether for a while every answer is that version's."""
+    load.versions.clear()
+    time.sleep(0.3)
+    return load.versions == {version}
 
 
 def replicas(demo, application: str) -> list[int]:
@@ -150,18 +182,30 @@ def test_one_call_takes_the_champion_back_and_withdraws_what_is_being_tried(demo
     answering(client, tried)
     assert client.rollout_command("revert", "it hurts").champion == before
 
-    def went_back() -> bool:
-        load.versions.clear()
-        time.sleep(0.3)
-        return load.versions == {before}
-
-    until(went_back, "every gateway answers from the version before", 10)
+    until(lambda: went_back(load, before), "every gateway answers from the version before", 10)
     assert finished(client, tried) == "aborted"
     status = client.rollout()
     assert (status.champion, status.previous, status.reverted) == (before, None, good)
     until(lambda: Registry(demo.settings).aliases("aqua") == {"champion": before}, "MLflow shows it")
     with pytest.raises(TidegateError, match="no version is kept"):
         client.rollout_command("revert", "once more")
+
+
+@pytest.mark.timeout(240)
+def test_a_promoted_version_is_watched_beside_the_one_before_it_which_answers_again_when_it_hurts(demo, client, load):
+    before, good = client.rollout().champion, copy(demo, client)
+    client.rollout_start(good, policy=WATCHED)
+    assert finished(client, good) == "promoted"
+    until(lambda: client.rollout().evidence.copies > 300, "the version before it gets copies", 60)
+    status = client.rollout()
+    assert (status.phase, status.champion, status.previous) == ("watching", good, before), "it is the same model"
+    with pytest.raises(TidegateError, match="409 No version is being tried"):
+        client.predict([INSTANCE], variant="challenger")
+    report = Report(gateway="another", sequence=1, rollout=status.rollout, errors={0.5: (30, 0)})
+    tell(demo, report)
+    until(lambda: went_back(load, before), "every gateway answers from the version before", 5)
+    status = client.rollout()
+    assert (status.phase, status.champion, status.previous, status.reverted) == ("idle", before, None, good)
 
 
 @pytest.mark.timeout(240)
@@ -183,6 +227,28 @@ def test_a_tester_chooses_the_version_and_that_is_no_evidence(demo, client):
         assert {answer.model_version for pair in answers for answer in pair} == {wanted}
     evidence = client.rollout().evidence
     assert (evidence.challenger_requests, evidence.served, evidence.copies) == (0, 0, 0)
+    client.rollout_command("abort", "the test is over")
+    assert finished(client, version) == "aborted"
+
+
+@pytest.mark.timeout(240)
+def test_where_entities_are_assigned_every_district_keeps_its_version(demo, client):
+    version = copy(demo, client)
+    client.rollout_start(version, policy=LONG.model_copy(update={"assignment": Assignment.ENTITY}))
+    districts = [f"dma_{letter}" for letter in "abcdefghij"]
+
+    def versions() -> list[set[str]]:
+        asked = [[{**INSTANCE, "district": district}] for district in districts]
+        return [{client.predict(one)[0].model_version for _ in range(6)} for one in asked]
+
+    until(
+        lambda: client.predict([INSTANCE]) and (s := client.rollout()).phase == "canary" and s.weight > 0, "canary", 90
+    )
+    until(lambda: len(set().union(*versions())) == 2, "both versions answer", 30)
+    assert all(len(found) == 1 for found in versions())
+    until(lambda: client.rollout().evidence.served > 0, "what they answered is evidence", 30)
+    evidence = client.rollout().evidence
+    assert 0 < evidence.challenger_requests - evidence.copies <= len(districts), "entities, not requests"
     client.rollout_command("abort", "the test is over")
     assert finished(client, version) == "aborted"
 
