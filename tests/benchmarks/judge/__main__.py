@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from scipy.stats import beta
 
-from pipelines.spec import ReleasePolicy
+from pipelines.spec import Budget, ReleasePolicy
 from pipelines.spec.release import GUARDRAILS
 from pipelines.statistics.sequential import bernoulli_log_e, mean_above_log_e, sample_ratio_log_e
 from tests.benchmarks.harness import report, say
@@ -21,7 +21,7 @@ from tests.benchmarks.judge import traces
 from tests.benchmarks.judge.looking import NEVER, argo, flagger, rate_reached
 from tests.benchmarks.judge.traces import Trace
 
-POLICY = ReleasePolicy(alpha=0.01, split=dict.fromkeys(GUARDRAILS, 1 / 8), tolerance=0.25)
+POLICY, BUDGET = ReleasePolicy(alpha=0.01, tolerance=0.25), Budget()
 _REQUESTS, _DAYS = 1_000_000, 40
 _LOOKS = 200  # at what is counted by the request, which the product reports at most once in a hundredth of its time
 _DETECTIONS, _BAD_REQUESTS = 2_000, 200_000
@@ -31,29 +31,37 @@ _SEED = 20_261_126
 
 def _ours(trace: Trace) -> int:
     """The first request at which errors or latency act."""
-    found = [rate_reached(trace, trace.failed, POLICY, "errors"), rate_reached(trace, trace.slow, POLICY, "latency")]
+    seen = {"errors": trace.failed, "latency": trace.slow}
+    found = [rate_reached(trace, trace.counted(seen[name]), POLICY, name) for name in seen]
     return min((at for at in found if at != NEVER), default=NEVER)
 
 
 def _null_run(seed: int) -> tuple[bool, bool, bool, bool]:
     """Whether a run was rolled back for nothing: by this judge, by Argo, by Flagger; and whether it was paused."""
     rng = np.random.default_rng([_SEED, seed])
-    trace = traces.null(rng, _REQUESTS)
-    disagreed = np.cumsum(rng.random(_REQUESTS) < POLICY.disagreement)  # as often as is declared, and no less
+    trace = traces.null(rng, _REQUESTS, sticky=bool(seed % 2))
+    # As often as is declared, and no less. What is over the budget is never the champion's: only that half of its
+    # test which bounds the rate is in its way.
+    rates = {"disagreement": POLICY.disagreement, "budget": BUDGET.share, "degraded": POLICY.degraded}
+    happened = {name: np.cumsum(rng.random(_REQUESTS) < rate) for name, rate in rates.items()}
+    unit = trace.counted(np.ones(_REQUESTS, dtype=bool))
     exposed = {
         share: (np.cumsum(here & trace.challenger), np.cumsum(here & ~trace.challenger))
         for share in np.unique(trace.weight).tolist()
-        if (here := trace.weight == share).any()
+        if (here := (trace.weight == share) & unit).any()
     }
     acts = {guardrail: -np.log(POLICY.alpha_of(guardrail)) for guardrail in GUARDRAILS}
-    rolled = _ours(trace) != NEVER
-    paused = False
+    acted = set() if _ours(trace) == NEVER else {"errors or latency"}
     for at in np.unique(np.geomspace(100, _REQUESTS - 1, _LOOKS).astype(int)).tolist():
-        rolled |= bernoulli_log_e(int(disagreed[at]), at + 1, POLICY.disagreement) >= acts["disagreement"]
+        log_e = {name: bernoulli_log_e(int(happened[name][at]), at + 1, rate) for name, rate in rates.items()}
         counts = {share: (int(won[at]), int(lost[at])) for share, (won, lost) in exposed.items()}
-        paused |= sample_ratio_log_e(counts) >= acts["sample_ratio"]
-    days = np.clip(rng.normal(_MARGIN, 0.3, _DAYS), -1, 1)  # as bad as the margin allows
-    rolled |= any(mean_above_log_e(days[:day], _MARGIN) >= acts["quality"] for day in range(1, _DAYS + 1))
+        log_e["sample_ratio"] = sample_ratio_log_e(counts)
+        acted |= {name for name, found in log_e.items() if found >= acts[name]}
+    for name in ("quality", "coverage"):
+        days = np.clip(rng.normal(_MARGIN, 0.3, _DAYS), -1, 1)  # as bad as the margin allows
+        if any(mean_above_log_e(days[:day], _MARGIN) >= acts[name] for day in range(1, _DAYS + 1)):
+            acted.add(name)
+    paused, rolled = acted & {"sample_ratio", "degraded"}, acted - {"sample_ratio", "degraded"}
     return bool(rolled), argo(trace) != NEVER, flagger(trace) != NEVER, bool(paused)
 
 
@@ -87,7 +95,8 @@ def main() -> None:
         false = np.array(list(pool.map(_null_run, range(runs), chunksize=5))).sum(axis=0).tolist()
     _, errors_p95, errors_never = _seen(_ours, _bad("errors", _DETECTIONS, 20_000))
     _, latency_p95, latency_never = _seen(_ours, _bad("slow", _DETECTIONS, 20_000))
-    say(f"{runs} null runs of {_REQUESTS:,} requests, with outages of both, changes of weight and uneven users;")
+    say(f"{runs} null runs of {_REQUESTS:,} requests, with outages of both, changes of weight and uneven users,")
+    say("who are assigned themselves in half of the runs;")
     say(f"a challenger that fails in {traces.WORSE:.0%} of its requests, the champion in {traces.ERRORS:.1%}:")
     say("judge      rolled back for nothing   requests of a bad challenger until it is withdrawn: median, p95, never")
     compared = _bad("errors", 100, _BAD_REQUESTS)
