@@ -45,6 +45,10 @@ class Fold(StrEnum):
 FOLDS_OF_STRINGS = frozenset({Fold.COUNT, Fold.DISTINCT, Fold.MISSING, Fold.SINCE})
 
 
+MOST_TILES = 20_000
+"""Tiles of a window at most: an entity's state holds each of them, and is read and written whole."""
+
+
 class Window(Spec):
     """Folds of ``field`` over a sawtooth window: its head is exact to the event, its tail moves by ``hop``.
 
@@ -73,6 +77,11 @@ class Window(Spec):
         if self.hop <= timedelta(0) or self.length <= timedelta(0) or self.length % self.hop:
             raise ValueError(
                 f"window on {self.field!r}: length {self.length} must be a positive multiple of hop {self.hop}"
+            )
+        if self.tiles > MOST_TILES:
+            raise ValueError(
+                f"window on {self.field!r}: {self.tiles:,} tiles of {self.hop} in the state of every entity exceed "
+                f"{MOST_TILES:,}: choose a longer hop, at least {self.length / MOST_TILES}"
             )
         return self
 

@@ -56,10 +56,12 @@ class Budget(Spec):
     ``share`` take longer than ``ms``.
 
     A version is withdrawn when it is shown to exceed that and to exceed it more often than the champion, by more than
-    the policy's tolerance: what both suffer from, a busy machine say, is held against neither.
+    the policy's tolerance: what both suffer from, a slow state say, is held against neither. But the way to a
+    challenger's process is part of what its callers wait, so a budget that this way alone exceeds on a busy machine
+    withdraws every version.
     """
 
-    ms: float = PydanticField(default=200.0, gt=0)
+    ms: float = PydanticField(gt=0)
     share: float = PydanticField(default=0.02, gt=0, lt=1)
 
 
@@ -181,7 +183,7 @@ class ReleasePolicy(Spec):
     slow_factor: float = PydanticField(default=5.0, gt=1)
     slow_floor_ms: float = PydanticField(default=0.5, ge=0)
     disagreement: float = PydanticField(default=0.1, gt=0, lt=1)
-    budget: Budget | None = Budget()
+    budget: Budget | None = None
     degraded: float = PydanticField(default=0.25, gt=0, lt=1)
     harm_cap: int = PydanticField(default=25, ge=1)
     deadline_ms: float = PydanticField(default=250.0, gt=0, le=4000)

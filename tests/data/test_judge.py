@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pytest
 
-from pipelines.spec import Blackout, CanaryStep, Labels, ReleasePolicy, Shadow
+from pipelines.spec import Blackout, Budget, CanaryStep, Labels, ReleasePolicy, Shadow
 from pipelines.spec.release import GUARDRAILS
 from pipelines.validation.paired import PairedDay
 from serving.rollout.evidence import Evidence, Report, Skew
@@ -23,6 +23,7 @@ POLICY = ReleasePolicy(
     shadow=Shadow(requests=100, time=timedelta(hours=1)),
     steps=(CanaryStep(weight=0.1, requests=100, time=timedelta(hours=1)), CanaryStep(weight=0.5, requests=100)),
     labels=Labels(days=7),
+    budget=Budget(ms=200),
     patience=timedelta(days=40),
 )
 SHADOW = State(Phase.SHADOW, champion="1", challenger="2", rollout=1, weights=(0.1, 0.5))

@@ -164,6 +164,7 @@ def test_strings_are_counted_by_what_they_say() -> None:
         ({"half_life": SECOND}, "half_life"),
         ({"folds": (Fold.EWM,), "half_life": 0 * SECOND}, "positive"),
         ({"hop": 7 * SECOND}, "multiple"),
+        ({"length": 20_001 * SECOND, "hop": SECOND}, "20,001 tiles .* at least 0:00:01.000050"),
     ],
 )
 def test_a_window_that_cannot_be_computed_is_refused(changed: dict, complaint: str) -> None:

@@ -21,7 +21,8 @@ from tests.benchmarks.judge import traces
 from tests.benchmarks.judge.looking import NEVER, argo, flagger, rate_reached
 from tests.benchmarks.judge.traces import Trace
 
-POLICY, BUDGET = ReleasePolicy(alpha=0.01, tolerance=0.25), Budget()
+BUDGET = Budget(ms=200)
+POLICY = ReleasePolicy(alpha=0.01, tolerance=0.25, budget=BUDGET)
 _REQUESTS, _DAYS = 1_000_000, 40
 _LOOKS = 200  # at what is counted by the request, which the product reports at most once in a hundredth of its time
 _DETECTIONS, _BAD_REQUESTS = 2_000, 200_000
