@@ -11,18 +11,19 @@ import numpy as np
 import orjson
 
 from pipelines.contracts.events import from_microseconds
-from pipelines.contracts.requests import check_record, compile_model
+from pipelines.contracts.requests import RecordModel, check_record, compile_model
 from pipelines.features import derived
 from pipelines.features.online import BoundReader, OnlineState, Read
 from pipelines.features.served import Status
 from pipelines.features.views import Views
 from pipelines.spec import FieldType, UseCase
 from pipelines.training.artifact import Artifact, Prediction
+from serving.bodies import entries
 from serving.fallback import Filled
 from serving.problems import Problem
 from serving.runner import DescribedVersion, LoadedVersion, Rows
+from serving.wire import MAX_INSTANCES
 
-MAX_INSTANCES = 1000
 _REASONS = {
     Status.STALE: "stale_features",
     Status.IMPUTED: "seasonal_normals",
@@ -124,20 +125,12 @@ class Predictor:
         self._use_case = use_case
         self._views = views
         self._made = {view: _view(state) for view, state in views.states.items()}
-        inputs = dict.fromkeys(name for made in self._made.values() for name in made.page.view.inputs)
-        self._model = compile_model(use_case.contract, (use_case.contract.entity, *inputs), f"{use_case.name}_instance")
+        self._model = instances(use_case)
 
     def parse(self, document: Any) -> list[dict[str, Any]]:
-        """The typed instances of a request; raises ``Problem`` 400 or 422 naming every wrong field."""
-        instances = document.get("instances") if isinstance(document, dict) else None
-        if not isinstance(instances, list) or not instances:
-            raise Problem(400, "No instances", 'Send {"instances": [{…}, …]} with at least one instance.')
-        if len(instances) > MAX_INSTANCES:
-            raise Problem(
-                413, "Too many instances", f"{len(instances)} exceed {MAX_INSTANCES} a request: send several requests."
-            )
+        """The typed instances of a request; raises ``Problem`` 400, 413, or 422 naming every wrong field."""
         records, errors = [], []
-        for position, instance in enumerate(instances):
+        for position, instance in enumerate(entries(document, "instances", MAX_INSTANCES)):
             record, problems = check_record(self._model, instance, 0)
             if record is None:
                 errors += [
@@ -314,6 +307,11 @@ class Predictor:
                 if name in made.of_entity
             },
         }
+
+
+def instances(use_case: UseCase) -> RecordModel:
+    """The rules of one instance: the entity, and the inputs of every view of the page."""
+    return compile_model(use_case.contract, (use_case.contract.entity, *use_case.inputs), f"{use_case.name}_instance")
 
 
 def _view(state: OnlineState) -> _View:

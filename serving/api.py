@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import Depends, Path, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from cluster.log import LogUnavailable
+from pipelines.contracts.requests import compile_model
 from pipelines.features.state import StateError
 from serving import wire
+from serving.answers import instances
 from serving.auth import Principal, Scope
+from serving.bodies import invalid, parse, read_body
+from serving.description import DescribedApp, dimensions, events_extra, predict_extra, refusals, takes
 from serving.problems import MEDIA_TYPE, Problem
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
 
-_BEARER = HTTPBearer(auto_error=False)  # shows the scheme in the description; KeyRing decides
+Body = TypeVar("Body", bound=BaseModel)
+_BEARER = HTTPBearer(  # shows the scheme in the description; KeyRing decides
+    auto_error=False, scheme_name="ApiKey", bearerFormat="API key", description="A key with the scope that is named."
+)
+_KEY = (401, 403, 429)
+_OUTCOME = {"outcomes": [{"prediction_id": "0" * 28, "value": 1.0}]}
+_REASON = {"reason": "seen and found good"}
 
 
 def _response(problem: Problem) -> Response:
@@ -27,28 +38,49 @@ def _response(problem: Problem) -> Response:
     return Response(problem.body(), problem.status, headers=headers, media_type=MEDIA_TYPE.decode())
 
 
-def build_api(gateway: Gateway) -> FastAPI:
+def build_api(gateway: Gateway) -> DescribedApp:
     """The app of one use case. ``predict`` and ``…/events`` are described here and answered by the gateway itself."""
-    prefix = f"/v1/{gateway.use_case.name}"
-    app = FastAPI(
-        title=gateway.use_case.title,
-        version=gateway.use_case.contract.version,
+    use_case = gateway.use_case
+    prefix = f"/v1/{use_case.name}"
+    app = DescribedApp(
+        title=use_case.title,
+        version=use_case.contract.version,
         docs_url="/docs",
         openapi_url="/openapi.json",
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
 
     def principal(scope: Scope) -> Any:
         def check(request: Request) -> Principal:
             authorization = request.headers.get("authorization")
-            return gateway.keys.require(authorization.encode() if authorization else None, scope)
+            return gateway.keys.require(authorization.encode("latin-1") if authorization else None, scope)
 
         return Depends(check)
 
-    releaser = principal(Scope.RELEASE)
-
     def allow(scope: Scope) -> list[Any]:
-        return [Depends(_BEARER), principal(scope)]
+        return [Security(_BEARER, scopes=[scope.value]), principal(scope)]
+
+    def body(model: type[Body]) -> Any:
+        """The body as ``model``, by JSON's own types. It is read when the key has been checked."""
+
+        async def read(request: Request) -> Body:
+            text = await read_body(request.receive, gateway.settings.body_limit)
+            parse(text)  # pydantic takes more for JSON than ``predict`` does
+            try:
+                return model.model_validate_json(text, strict=True)
+            except ValidationError as error:
+                raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+
+        return Depends(read)
+
+    releaser = principal(Scope.RELEASE)
+    by_release = [Security(_BEARER, scopes=[Scope.RELEASE.value])]
+    outcomes, to_start, to_command = body(wire.FeedbackRequest), body(wire.RolloutStart), body(wire.RolloutCommand)
+    facts = dimensions(use_case)
+    named = Path(examples=list(facts)[:1] or None, json_schema_extra={"enum": list(facts)} if facts else None)
+    known = (instances(use_case).example() or {}).get(use_case.contract.entity)
+    entity_path = Path(examples=[known] if known else None)
 
     @app.exception_handler(Problem)
     async def problem(_: Request, error: Problem) -> Response:
@@ -67,82 +99,119 @@ def build_api(gateway: Gateway) -> FastAPI:
         return _response(Problem(503, "State is not ready", str(error)))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def unfit(_: Request, error: RequestValidationError) -> Response:
         errors = [
             {"pointer": "/" + "/".join(map(str, e["loc"][1:])), "rule": e["type"], "detail": e["msg"]}
             for e in error.errors()
         ]
-        return _response(Problem(422, "The request is not valid", "Mend the fields listed under errors.", errors))
+        return _response(invalid(errors))
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
-        return _response(Problem(error.status_code, str(error.detail), f"See {prefix}/docs for what there is."))
+        response = _response(Problem(error.status_code, str(error.detail), f"See {prefix}/docs for what there is."))
+        response.headers.update(error.headers or {})  # of a 405, the methods that there are
+        return response
 
-    @app.post("/predict", dependencies=allow(Scope.PREDICT), tags=["predict"])
-    async def predict(
-        body: wire.PredictRequest,
-        idempotency_key: Annotated[str | None, Header(max_length=200, description=wire.IDEMPOTENCY_KEY)] = None,
-        tidegate_variant: Annotated[wire.Variant | None, Header(description=wire.VARIANT)] = None,
-    ) -> wire.PredictResponse:
+    @app.post(
+        "/predict",
+        dependencies=allow(Scope.PREDICT),
+        responses=refusals(400, *_KEY, 409, 413, 422, 503),
+        openapi_extra=predict_extra(use_case),
+        tags=["predict"],
+    )
+    async def predict() -> wire.PredictResponse:
         """Answers each instance with a value, an interval and the status of its features."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
-    @app.post("/events", dependencies=allow(Scope.INGEST), tags=["ingest"])
-    async def events(body: wire.EventsRequest) -> wire.EventsResponse:
+    @app.post(
+        "/events",
+        dependencies=allow(Scope.INGEST),
+        responses=refusals(400, *_KEY, 413, 422, 503),
+        openapi_extra=events_extra(compile_model(use_case.contract)),
+        tags=["ingest"],
+    )
+    async def events() -> wire.EventsResponse:
         """Takes events; each is acknowledged when it is durable, or quarantined with the rules it breaks."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
-    @app.post("/dimensions/{name}/events", dependencies=allow(Scope.INGEST), tags=["ingest"])
-    async def dimension(name: str, body: wire.EventsRequest) -> wire.EventsResponse:
+    @app.post(
+        "/dimensions/{name}/events",
+        dependencies=allow(Scope.INGEST),
+        responses=refusals(400, *_KEY, 404, 413, 422, 503),
+        openapi_extra=events_extra(*facts.values()),
+        tags=["ingest"],
+    )
+    async def dimension(name: str = named) -> wire.EventsResponse:
         """Takes rows of a dimension, as ``events`` does events."""
         raise AssertionError("the gateway answers this route before FastAPI sees it")
 
-    @app.post("/feedback", dependencies=allow(Scope.FEEDBACK), tags=["feedback"])
-    async def feedback(body: wire.FeedbackRequest) -> wire.FeedbackResponse:
+    @app.post(
+        "/feedback",
+        dependencies=allow(Scope.FEEDBACK),
+        responses=refusals(400, *_KEY, 413, 422, 503),
+        openapi_extra=takes(wire.FeedbackRequest, _OUTCOME),
+        tags=["feedback"],
+    )
+    async def feedback(body: wire.FeedbackRequest = outcomes) -> wire.FeedbackResponse:
         """Takes outcomes of earlier predictions; they are durable when this answers."""
         await gateway.outcomes([outcome.model_dump() for outcome in body.outcomes])
         return wire.FeedbackResponse(accepted=len(body.outcomes))
 
-    @app.get("/features/{entity}", dependencies=allow(Scope.READ), tags=["read"])
-    def features(entity: str) -> wire.FeaturesResponse:
+    # An entity may have a slash in its name.
+    @app.get(
+        "/features/{entity:path}", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 404, 503), tags=["read"]
+    )
+    def features(entity: str = entity_path) -> wire.FeaturesResponse:
         """What state holds for an entity: value, status and age of every stored feature."""
         return wire.FeaturesResponse(**gateway.predictor.features(entity, gateway.clock.now(), gateway.view))
 
-    @app.get("/status", dependencies=allow(Scope.READ), tags=["read"])
-    def status() -> dict[str, Any]:
+    @app.get("/status", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 503), tags=["read"])
+    def status() -> wire.GatewayStatus:
         """Where the log, the state, the drain and the routing stand."""
-        return gateway.status()
+        return wire.GatewayStatus(**gateway.status())
 
-    @app.get("/rollout", dependencies=allow(Scope.READ), tags=["rollout"])
+    @app.get("/rollout", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 503), tags=["rollout"])
     def rollout() -> wire.RolloutStatus:
         """Where the release stands, its evidence, and what the judge says of it."""
         return wire.RolloutStatus(**gateway.rollouts.status())
 
-    @app.post("/rollout/start", dependencies=[Depends(_BEARER)], tags=["rollout"])
-    def start(body: wire.RolloutStart, who: Principal = releaser) -> wire.RolloutStatus:
+    @app.post(
+        "/rollout/start",
+        dependencies=by_release,
+        responses=refusals(400, *_KEY, 409, 413, 422, 503),
+        openapi_extra=takes(wire.RolloutStart, {"version": "2", **_REASON}),
+        tags=["rollout"],
+    )
+    def start(who: Principal = releaser, body: wire.RolloutStart = to_start) -> wire.RolloutStatus:
         """Asks for the release of a version; the controller takes requests in their order."""
         gateway.rollouts.start(body.version, by=who.name, policy=body.policy, force=body.force, reason=body.reason)
         return wire.RolloutStatus(**gateway.rollouts.status())
 
-    @app.post("/rollout/{command}", dependencies=[Depends(_BEARER)], tags=["rollout"])
+    @app.post(
+        "/rollout/{command}",
+        dependencies=by_release,
+        responses=refusals(400, *_KEY, 409, 413, 422, 503),
+        openapi_extra=takes(wire.RolloutCommand, _REASON),
+        tags=["rollout"],
+    )
     def command(
         command: Literal["pause", "resume", "approve", "abort", "revert"],
-        body: wire.RolloutCommand,
         who: Principal = releaser,
+        body: wire.RolloutCommand = to_command,
     ) -> wire.RolloutStatus:
         """Pauses, resumes, approves or aborts the rollout that is under way, or takes the champion back."""
         return wire.RolloutStatus(**gateway.rollouts.command(command, by=who.name, reason=body.reason))
 
     @app.get("/healthz", tags=["health"])
-    def healthz() -> dict[str, str]:
+    def healthz() -> wire.Alive:
         """The process answers."""
-        return {"status": "ok"}
+        return wire.Alive()
 
-    @app.get("/readyz", tags=["health"])
-    def readyz() -> dict[str, str]:
+    @app.get("/readyz", responses=refusals(503), tags=["health"])
+    def readyz() -> wire.Ready:
         """The replica can answer and everything behind it works."""
         if failures := gateway.failures():
             raise Problem(503, "Not ready", "; ".join(failures))
-        return {"status": "ready"}
+        return wire.Ready()
 
     return app

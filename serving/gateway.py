@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import socket
 import time
@@ -32,6 +33,7 @@ from pipelines.features.views import open_views
 from pipelines.training.artifact import Prediction
 from serving.answers import Answered, Other, Predictor, Prepared
 from serving.auth import KeyRing, Scope
+from serving.bodies import Receive, entries, parse, read_body
 from serving.events import DimensionFeed, Drain, EventIntake
 from serving.following import Follower, Serving
 from serving.problems import Problem
@@ -39,15 +41,14 @@ from serving.rollout.operators import Rollouts
 from serving.runner import DescribedVersion, LoadedVersion, VersionRefused
 from serving.trial import Asked, Trial
 from serving.watch import Watch
+from serving.wire import MAX_EVENTS, MAX_KEY
 
 ASGIScope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-MAX_EVENTS = 10_000
 # Below this many instances the model is faster than the hop to another thread.
 _INLINE_INSTANCES = 16
-_MAX_KEY = 200
+_INGEST = re.compile(r"(?:/dimensions/(?P<name>[^/]+))?/events")
 _VARIANT, _CHAMPION, _CHALLENGER = "Tidegate-Variant", b"champion", b"challenger"
 
 
@@ -107,8 +108,8 @@ class Gateway:
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Answers ``POST …/predict`` and ``POST …/events``; hands every other route to FastAPI."""
         if scope["type"] == "http" and scope["method"] == "POST":
-            path = scope["path"]
-            handler = self.predict if path.endswith("/predict") else self.ingest if path.endswith("/events") else None
+            path = _path(scope)
+            handler = self.predict if path == "/predict" else self.ingest if _INGEST.fullmatch(path) else None
             if handler is not None:
                 try:
                     answer = 200, [(b"content-type", b"application/json")], await handler(scope, receive)
@@ -117,11 +118,6 @@ class Gateway:
                 except StateError as error:
                     answer = _refusal(Problem(503, "State is not ready", str(error)))
                 await _send(send, *answer)
-                return
-        if scope["type"] == "http":
-            declared = header(scope, b"content-length") or b"0"
-            if declared.isdigit() and int(declared) > self.settings.body_limit:
-                await _send(send, *_refusal(_too_large(self.settings.body_limit)))
                 return
         await self.api(scope, receive, send)
 
@@ -210,19 +206,14 @@ class Gateway:
     async def ingest(self, scope: ASGIScope, receive: Receive) -> bytes:
         """Checks the key, reads the body, acknowledges each event, or row of a dimension."""
         self.keys.require(header(scope, b"authorization"), Scope.INGEST)
-        intake = self._intake(scope["path"])
-        document = await self._json(receive)
-        events = document.get("events") if isinstance(document, dict) else None
-        if not isinstance(events, list) or not events:
-            raise Problem(400, "No events", 'Send {"events": [{…}, …]} with at least one event.')
-        if len(events) > MAX_EVENTS:
-            raise Problem(413, "Too many events", f"{len(events)} exceed {MAX_EVENTS} a request: send several.")
+        intake = self._intake(_path(scope))
+        events = entries(await self._json(receive), "events", MAX_EVENTS)
         return orjson.dumps({"results": await intake.ingest(events)})
 
     def _intake(self, path: str) -> EventIntake:
-        """The intake of ``…/events`` or of ``…/dimensions/{name}/events``."""
-        *_, kind, name, _ = ("", "", *path.split("/"))
-        if kind != "dimensions":
+        """The intake of a path that ``_INGEST`` matches."""
+        found = _INGEST.fullmatch(path)
+        if found is None or (name := found["name"]) is None:
             return self.intake
         if name not in self.feeds:
             raise Problem(404, "Unknown dimension", f"There is no {name!r}; there are {sorted(self.feeds)}.")
@@ -299,11 +290,13 @@ class Gateway:
         return self.views.dimensions[name].project(self.facts[name], needed=self.view)
 
     async def _json(self, receive: Receive) -> Any:
-        body = await read_body(receive, self.settings.body_limit)
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise Problem(400, "The body is not JSON", str(error)) from error
+        return parse(await read_body(receive, self.settings.body_limit))
+
+
+def _path(scope: ASGIScope) -> str:
+    """The path below the use case's own (Serve gives the whole)."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _idempotency_key(scope: ASGIScope) -> str | None:
@@ -311,8 +304,8 @@ def _idempotency_key(scope: ASGIScope) -> str | None:
     given = header(scope, b"idempotency-key")
     if given is None:
         return None
-    if not given or len(given) > _MAX_KEY:
-        raise Problem(400, "The idempotency key does not fit", f"Idempotency-Key takes 1 to {_MAX_KEY} bytes.")
+    if not given or len(given) > MAX_KEY:
+        raise Problem(400, "The idempotency key does not fit", f"Idempotency-Key takes 1 to {MAX_KEY} bytes.")
     return given.decode("latin-1")
 
 
@@ -329,10 +322,6 @@ def header(scope: ASGIScope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
-def _too_large(limit: int) -> Problem:
-    return Problem(413, "The body is too large", f"At most {limit} bytes are taken: send several requests.")
-
-
 def _refusal(problem: Problem) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     return problem.status, problem.headers(), problem.body()
 
@@ -341,20 +330,3 @@ async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]], bod
     headers = [*headers, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """The whole body; raises ``Problem`` 413 as soon as it exceeds ``limit`` bytes."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Problem(400, "The body ended early", "The connection closed before the whole body came.")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
-        if not message.get("more_body"):
-            return b"".join(parts)

@@ -16,6 +16,10 @@ IDEMPOTENCY_KEY = (
 )
 
 
+MAX_INSTANCES, MAX_EVENTS, MAX_KEY = 1_000, 10_000, 200
+"""The most instances and events of a request, and the most bytes of an idempotency key."""
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -23,7 +27,7 @@ class _Request(BaseModel):
 class PredictRequest(_Request):
     """Instances: the entity and the view's inputs."""
 
-    instances: list[dict[str, Any]] = Field(min_length=1, max_length=1000)
+    instances: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_INSTANCES)
 
 
 class Prediction(BaseModel):
@@ -48,7 +52,7 @@ class PredictResponse(BaseModel):
 class EventsRequest(_Request):
     """Events in the form of the contract."""
 
-    events: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
+    events: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_EVENTS)
 
 
 class RuleProblem(BaseModel):
@@ -86,7 +90,7 @@ class Outcome(_Request):
 class FeedbackRequest(_Request):
     """Outcomes of earlier predictions."""
 
-    outcomes: list[Outcome] = Field(min_length=1, max_length=10_000)
+    outcomes: list[Outcome] = Field(min_length=1, max_length=MAX_EVENTS)
 
 
 class FeedbackResponse(BaseModel):
@@ -127,7 +131,7 @@ class RolloutStart(_Request):
     ``force`` passes over gates that did not pass, and needs a reason.
     """
 
-    version: str = Field(min_length=1, max_length=20)
+    version: str = Field(pattern=r"^[1-9][0-9]{0,8}$")
     policy: ReleasePolicy | None = None
     force: bool = False
     reason: str = Field(default="", max_length=500)
@@ -172,3 +176,66 @@ class RolloutStatus(BaseModel):
     verdict: str | None = None
     reason: str | None = None
     waiting: list[str] = Field(default=[], description="versions whose release was asked for and not begun")
+
+
+class LogStatus(BaseModel):
+    """The last sequence of a stream, and how many of its records are not in their table yet."""
+
+    last: int
+    pending: int
+
+
+class ViewStatus(BaseModel):
+    """The generation of a view's state, the log sequence it has applied, and the events it could not place."""
+
+    generation: int
+    applied: int
+    unplaced: int
+
+
+class GatewayStatus(BaseModel):
+    """Where one gateway stands. ``clock`` is the cluster's, in microseconds since the Unix epoch."""
+
+    model_config = ConfigDict(extra="allow")
+
+    usecase: str
+    replica: str
+    clock: int
+    epoch: int
+    champion: str
+    applied: int
+    views: dict[str, ViewStatus]
+    log: dict[str, LogStatus]
+    dimensions: dict[str, LogStatus]
+    refused: dict[str, str] = Field(description="versions that cannot be loaded or tried here, and why")
+    failures: list[str]
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """The replica can answer and everything behind it works."""
+
+    status: Literal["ready"] = "ready"
+
+
+class Place(BaseModel):
+    """One thing that is wrong: where, by which rule, and what to change."""
+
+    pointer: str
+    rule: str
+    detail: str
+
+
+class ProblemDocument(BaseModel):
+    """A refusal, as of RFC 9457."""
+
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: str
+    errors: list[Place] = []

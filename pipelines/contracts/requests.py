@@ -65,6 +65,14 @@ class RecordModel:
         """The JSON Schema of one record, for the API's description."""
         return {**self.adapter.json_schema(), "title": self.name}
 
+    def example(self) -> dict[str, Any] | None:
+        """A record that keeps the rules, as JSON values; None when a pattern of the contract has no example.
+
+        Its time is long past, so that a caller who sends it changes no feature.
+        """
+        record = {field.name: _example(field) for field in self.fields}
+        return record if check_record(self, record, rules.LATEST_US)[0] is not None else None
+
 
 def compile_model(contract: Contract, fields: Sequence[str] | None = None, name: str | None = None) -> RecordModel:
     """Compiles the rules of ``fields`` (all of them by default); any other key is then unknown.
@@ -97,6 +105,18 @@ def check_record(
     if len(typed) < len(model.fields):
         typed = {f.name: typed.get(f.name) for f in model.fields}
     return typed, []
+
+
+def _example(field: Field) -> Any:
+    if field.type is FieldType.STRING:
+        return field.example or (field.allowed[0] if field.allowed else None if field.pattern else field.name)
+    if field.type is FieldType.TIMESTAMP:
+        return "2000-01-01T00:00:00Z"
+    if field.type is FieldType.BOOLEAN:
+        return False
+    low, high = rules.bounds(field)
+    number = max(1 if high is None else min(1, high), 1 if low is None else low)
+    return number if field.type is FieldType.INTEGER else float(number)
 
 
 def _annotation(field: Field) -> Any:

@@ -95,7 +95,8 @@ def find(sources: Sequence[str], storage_options: Mapping[str, str]) -> list[Sou
 
 def identity(contract: Contract, use_case: str, sources: Sequence[Source], storage_options: Mapping[str, str]) -> str:
     """The default load id: a hash of use case, contract, and the names and contents of the sources."""
-    parts: list[Any] = [use_case, contract.model_dump_json()]
+    # An example decides nothing: with another one, or none, the same files are still the same load.
+    parts: list[Any] = [use_case, contract.model_dump_json(exclude={"fields": {"__all__": {"example"}}})]
     for source in sources:
         digest = xxhash.xxh3_128()
         filesystem, path = open_filesystem(source.uri, storage_options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from datetime import timedelta
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +19,14 @@ class Spec(BaseModel):
 DAY_US = 86_400_000_000
 """A day of 24 hours, in microseconds."""
 _UNITS = (("d", DAY_US), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000))
+
+
+def check_zone(name: str) -> None:
+    """Raises ``ValueError`` when there is no time zone of that name (``ZoneInfo`` itself raises much else)."""
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise ValueError(f"there is no time zone {name!r}: give one such as Europe/Rome") from error
 
 
 def microseconds(duration: timedelta) -> int:

@@ -29,7 +29,8 @@ class FieldType(StrEnum):
 class Field(Spec):
     """One column. A null is allowed only where ``nullable``; every other limit ignores nulls.
 
-    ``minimum`` and ``maximum`` are inclusive, in ``unit``. ``pattern`` must match the whole string.
+    ``minimum`` and ``maximum`` are inclusive, in ``unit``. ``pattern`` must match the whole string; an
+    ``example`` is shown to those who call the API.
     """
 
     name: str = PydanticField(pattern=_NAME)
@@ -39,6 +40,7 @@ class Field(Spec):
     maximum: float | None = None
     pattern: str | None = None
     allowed: tuple[str, ...] | None = None
+    example: str | None = None
     unit: str | None = None
     description: str = ""
 
@@ -53,8 +55,8 @@ class Field(Spec):
         numeric = self.type in (FieldType.FLOAT, FieldType.INTEGER)
         if not numeric and (self.minimum is not None or self.maximum is not None):
             raise ValueError(f"field {self.name!r}: minimum and maximum need a number, not {self.type}")
-        if self.type is not FieldType.STRING and (self.pattern is not None or self.allowed is not None):
-            raise ValueError(f"field {self.name!r}: pattern and allowed need a string, not {self.type}")
+        if self.type is not FieldType.STRING and (self.pattern, self.allowed, self.example) != (None, None, None):
+            raise ValueError(f"field {self.name!r}: pattern, allowed and example need a string, not {self.type}")
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"field {self.name!r}: minimum {self.minimum} exceeds maximum {self.maximum}")
         if self.pattern is not None:
@@ -62,6 +64,8 @@ class Field(Spec):
                 re.compile(self.pattern)
             except re.error as error:
                 raise ValueError(f"field {self.name!r}: pattern {self.pattern!r} is not valid: {error}") from error
+            if self.example is not None and re.fullmatch(self.pattern, self.example) is None:
+                raise ValueError(f"field {self.name!r}: the example {self.example!r} does not match {self.pattern!r}")
         return self
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Literal, Self
-from zoneinfo import ZoneInfo
 
 from pydantic import Field as PydanticField
 from pydantic import model_validator
 
-from pipelines.spec.base import Spec
+from pipelines.spec.base import Spec, check_zone
 
 SlotPart = Literal["hour", "weekend", "month"]
 
@@ -38,5 +37,5 @@ class Fallback(Spec):
             raise ValueError(f"fallback: hold {self.hold} and silence {self.silence} must be above zero")
         if not self.slots or len(set(self.slots)) != len(self.slots):
             raise ValueError(f"fallback: slots need one part or more, each once; found {self.slots}")
-        ZoneInfo(self.zone)
+        check_zone(self.zone)
         return self

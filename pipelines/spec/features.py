@@ -7,12 +7,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Literal, Self
-from zoneinfo import ZoneInfo
 
 from pydantic import Field as PydanticField
 from pydantic import model_validator
 
-from pipelines.spec.base import Spec, duration_label, microseconds
+from pipelines.spec.base import Spec, check_zone, duration_label, microseconds
 from pipelines.spec.contract import NUMBERS, Contract
 
 
@@ -209,7 +208,7 @@ class Calendar(Spec):
 
     @model_validator(mode="after")
     def _zone_exists(self) -> Self:
-        ZoneInfo(self.zone)
+        check_zone(self.zone)
         return self
 
 

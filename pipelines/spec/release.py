@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import Field as PydanticField
 from pydantic import model_validator
 
-from pipelines.spec.base import Spec
+from pipelines.spec.base import Spec, check_zone
 
 GUARDRAILS = ("errors", "latency", "budget", "disagreement", "quality", "coverage", "sample_ratio", "degraded")
 """Every guardrail with an error probability of its own. Neither the cap on harmed answers nor feature skew needs one:
@@ -110,7 +110,7 @@ class Blackout(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        ZoneInfo(self.zone)
+        check_zone(self.zone)
         if self.begin.tzinfo is not None or self.end.tzinfo is not None:
             raise ValueError("begin and end of a blackout are times of its zone and carry none of their own")
         if not self.days or not set(self.days) <= set(range(7)):

@@ -72,6 +72,16 @@ class UseCase(EventSource):
             )
         return self
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a request brings beside its entity: the inputs of every view."""
+        return tuple(dict.fromkeys(name for view in (self.view, *self.kept) for name in view.inputs))
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """Those of every view, each once."""
+        return tuple({part.name: part for view in (self.view, *self.kept) for part in view.dimensions}.values())
+
     def source(self, dimension: Dimension) -> EventSource:
         """The source of a dimension's rows, such as ``aqua.profile``."""
         return EventSource(name=f"{self.name}.{dimension.name}", contract=dimension.contract)

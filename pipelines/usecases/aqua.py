@@ -39,7 +39,7 @@ CONTRACT = Contract(
     owner="network operations",
     description="Hourly net inflow of a district with the weather of that hour.",
     fields=(
-        Field(name="district", type=FieldType.STRING, pattern=r"dma_[0-9]{1,3}"),
+        Field(name="district", type=FieldType.STRING, pattern=r"dma_[0-9]{1,3}", example="dma_1"),
         Field(name="time", type=FieldType.TIMESTAMP, description="start of the hour"),
         Field(name="inflow", type=FieldType.FLOAT, nullable=True, minimum=0, maximum=300, unit="L/s"),
         Field(name="temperature", type=FieldType.FLOAT, minimum=-40, maximum=55, unit="degC"),

@@ -35,8 +35,8 @@ CONTRACT = Contract(
     owner="valuation",
     description="Recorded sales of homes in Seattle.",
     fields=(
-        Field(name="sale_id", type=FieldType.STRING, pattern=r"[0-9]{4}\.\.[0-9]+"),
-        Field(name="area", type=FieldType.STRING, pattern=r"area_[0-9]{1,3}"),
+        Field(name="sale_id", type=FieldType.STRING, pattern=r"[0-9]{4}\.\.[0-9]+", example="2016..17"),
+        Field(name="area", type=FieldType.STRING, pattern=r"area_[0-9]{1,3}", example="area_12"),
         Field(name="sold_at", type=FieldType.TIMESTAMP),
         Field(name="price", type=FieldType.FLOAT, minimum=10_000, maximum=50_000_000, unit="USD"),
         Field(name="home_type", type=FieldType.STRING, allowed=("sfr", "townhouse")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pipelines.contracts.events import to_microseconds
 from pipelines.contracts.requests import check_record, compile_model
+from pipelines.spec import Contract
 from pipelines.usecases import aqua, prop
 
 NOW_US = to_microseconds(datetime(2023, 1, 1, tzinfo=UTC))
@@ -76,6 +78,21 @@ def test_the_json_schema_describes_the_record() -> None:
     assert schema["properties"]["grade"] == {"maximum": 13, "minimum": 1, "title": "Grade", "type": "integer"}
     assert schema["properties"]["sold_at"]["format"] == "date-time"
     assert set(schema["required"]) == {field.name for field in prop.CONTRACT.fields}
+
+
+@pytest.mark.parametrize("contract", [aqua.CONTRACT, prop.CONTRACT], ids=lambda contract: contract.name)
+def test_the_example_of_a_contract_keeps_its_rules(contract: Contract) -> None:
+    example = compile_model(contract).example()
+    assert example is not None
+    assert set(example) == {field.name for field in contract.fields}
+    assert check_record(compile_model(contract), json.loads(json.dumps(example)), NOW_US)[1] == []
+
+
+def test_a_pattern_without_an_example_has_none() -> None:
+    fields = tuple(field.model_copy(update={"example": None}) for field in aqua.CONTRACT.fields)
+    bare = aqua.CONTRACT.model_copy(update={"fields": fields})
+    assert compile_model(bare).example() is None
+    assert compile_model(bare, ["rain", "holiday"]).example() == {"rain": 1.0, "holiday": False}
 
 
 @pytest.mark.parametrize("record", [None, 3, "text", [READING]])

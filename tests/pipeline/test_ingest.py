@@ -13,6 +13,7 @@ import pytest
 
 from pipelines import ingest as job
 from pipelines.contracts import enforce, events
+from pipelines.contracts.sources import identity
 from pipelines.usecases import aqua
 from tests.pipeline.loads import everything, readings, world
 
@@ -163,6 +164,14 @@ def test_the_default_load_id_follows_contents(home: Path, inbox: Path) -> None:
     second = here.load([str(inbox / "a.parquet")])
     assert second.status == "published"
     assert first.load_id != second.load_id
+
+
+def test_an_example_of_the_contract_makes_no_other_load_of_the_same_files() -> None:
+    fields = tuple(field.model_copy(update={"example": None}) for field in aqua.CONTRACT.fields)
+    assert fields != aqua.CONTRACT.fields
+    bare = aqua.CONTRACT.model_copy(update={"fields": fields})
+    # Spelt out, since a load of an earlier release must be known again.
+    assert [identity(contract, "aqua", [], {}) for contract in (aqua.CONTRACT, bare)] == ["09ccb7aa68f04e51"] * 2
 
 
 def test_events_lie_in_canonical_order_with_what_is_known_of_them(home: Path, inbox: Path) -> None:
