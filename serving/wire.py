@@ -141,7 +141,7 @@ class RolloutEvidence(BaseModel):
     """What is known of the challenger. A guardrail acts when its ``log_e`` reaches its ``threshold``.
 
     ``skewed`` are the answers that the last audit since the rollout was resumed found to differ from what their events
-    make again.
+    make again, ``degraded`` the requests since then whose inputs were missing, stale or made up.
     """
 
     challenger_requests: int
@@ -151,6 +151,7 @@ class RolloutEvidence(BaseModel):
     disagreed: int
     days: int
     skewed: int = 0
+    degraded: int = 0
     log_e: dict[str, float | None]
     threshold: dict[str, float | None]
 
