@@ -1,5 +1,5 @@
-"""What runs on this machine, read from /proc: who listens on a port, which processes belong to one session; and the
-environment of those that are started.
+"""What runs on this machine, read from /proc: who listens on a port, which processes belong to one session; the
+environment of those that are started, and how much memory one may take.
 
 A process is known to be ours by a marker in the environment that it inherited, never by its name, so ending a
 session can end nothing else.
@@ -8,6 +8,7 @@ session can end nothing else.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -35,6 +36,19 @@ def python_environment() -> dict[str, str]:
     A worker may have found it by its ``sys.path`` alone (an unpacked working directory).
     """
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def bound_memory(more_mb: int) -> None:
+    """Lets this process take ``more_mb`` MiB beyond what it has now, and refuses what it asks for after that.
+
+    Private writable memory counts (RLIMIT_DATA, see setrlimit(2)), also such as is asked for and never written to;
+    mapped files and shared memory, Ray's object store among them, do not. Python then raises ``MemoryError``; native
+    code may end the process. Each process that this one starts may take as much as this one may in all.
+    """
+    taken = next(line for line in _read(_PROC / "self" / "status").splitlines() if line.startswith(b"VmData:"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(taken.split()[1]) * 1024 + more_mb * 1024 * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def listener(port: int) -> Listener | None:

@@ -49,8 +49,8 @@ class Settings(BaseModel):
     The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once;
     a stream of it that holds ``log_rows`` is refused more until it is drained.
     ``body_limit`` is the largest request body in bytes. ``num_cpus`` None lets Ray count.
-    ``drills`` is a file of faults for challengers (``serving.drills``). Fields that may hold secrets are left
-    out of ``repr``.
+    A challenger's process may take ``challenger_memory_mb`` MiB to load its version and to answer. ``drills`` is a file
+    of faults for challengers (``serving.drills``). Fields that may hold secrets are left out of ``repr``.
 
     Ingest log and entity state live in LMDB below ``state_dir``, for one node, or, when ``state_url`` is given, in the
     Redis server of that URL, for several. The server must show by CONFIG GET that it fsyncs before it acknowledges;
@@ -84,6 +84,7 @@ class Settings(BaseModel):
     api_keys: str | None = Field(default=None, repr=False)
     keys_file: Path | None = None
     webhook_url: str | None = Field(default=None, repr=False)
+    challenger_memory_mb: int = Field(default=1024, ge=64)
     drills: Path | None = None
 
     @field_validator("home", "state_dir")

@@ -13,6 +13,7 @@ import numpy as np
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from cluster.processes import bound_memory
 from cluster.settings import Settings
 from pipelines import usecases
 from pipelines.training.artifact import Prediction
@@ -42,6 +43,8 @@ class Challenger:
 
     def __init__(self, usecase: str, version: str) -> None:
         settings = Settings.from_environment()
+        # When a node runs out of memory, the kernel or Ray may end a gateway as well as the challenger that took it.
+        bound_memory(settings.challenger_memory_mb)
         loaded = load_version(usecases.load(usecase), version, settings, apart=False)
         drill = drill_of(settings.drills, usecase, version)
         self._runner = loaded.runner if drill is None else DrilledRunner(loaded.runner, drill)

@@ -7,7 +7,10 @@ champions are never drilled.
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,20 +28,32 @@ class DrillError(RuntimeError):
 
 
 class Drill(BaseModel):
-    """What goes wrong: a share of calls raise, every call takes ``slower`` times as long, or answers are NaN."""
+    """What goes wrong.
+
+    Shares of the calls raise (``errors``), answer NaN (``nan``), answer one row more than they were asked for
+    (``shape``) or never return (``hang``). Every call takes ``slower`` times as long and keeps ``leak_mb`` MiB for good.
+    With ``crash`` the process ends as soon as the version is loaded.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     errors: float = Field(default=0.0, ge=0, le=1)
     slower: float = Field(default=1.0, ge=1)
     nan: float = Field(default=0.0, ge=0, le=1)
+    shape: float = Field(default=0.0, ge=0, le=1)
+    hang: float = Field(default=0.0, ge=0, le=1)
+    leak_mb: float = Field(default=0.0, ge=0)
+    crash: bool = False
 
 
 class DrilledRunner:
     """A runner with a fault; everything else is the runner's own."""
 
     def __init__(self, runner: Runner, drill: Drill) -> None:
+        if drill.crash:
+            os.kill(os.getpid(), signal.SIGKILL)  # as a fault in native code would: nothing is caught or said
         self._runner, self._drill, self._random = runner, drill, random.Random(0)
+        self._kept: list[np.ndarray] = []
 
     @property
     def artifact(self) -> Artifact:
@@ -51,15 +66,24 @@ class DrilledRunner:
         """``Runner.predict``, with the drill's fault."""
         began = time.perf_counter()
         found = self._runner.predict(columns, strings, level)
-        if self._random.random() < self._drill.errors:
+        if self._drill.leak_mb:
+            self._kept.append(np.ones(round(self._drill.leak_mb * 2**20), np.uint8))  # written to, so really taken
+        if self._hits(self._drill.errors):
             raise DrillError("this version was told to err")
-        if self._random.random() < self._drill.nan:
+        if self._hits(self._drill.hang):
+            threading.Event().wait()
+        if self._hits(self._drill.nan):
             nothing = np.full(len(found.value), np.nan)
             found = Prediction(nothing, nothing, nothing)
+        if self._hits(self._drill.shape):
+            found = Prediction(*(np.append(series, series[-1:]) for series in (found.value, found.lower, found.upper)))
         took = time.perf_counter() - began
         if self._drill.slower > 1:
             time.sleep(took * (self._drill.slower - 1))
         return found
+
+    def _hits(self, share: float) -> bool:
+        return self._random.random() < share
 
 
 def drill_of(path: Path | None, usecase: str, version: str) -> Drill | None:
