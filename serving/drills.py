@@ -31,8 +31,8 @@ class Drill(BaseModel):
     """What goes wrong.
 
     Shares of the calls raise (``errors``), answer NaN (``nan``), answer one row more than they were asked for
-    (``shape``) or never return (``hang``). Every call takes ``slower`` times as long and keeps ``leak_mb`` MiB for good.
-    With ``crash`` the process ends as soon as the version is loaded.
+    (``shape``) or never return (``hang``). Every call takes ``slower`` times as long and keeps ``leak_mb`` MiB for
+    good. With ``crash`` the process ends as soon as the version is loaded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
