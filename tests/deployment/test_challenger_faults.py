@@ -25,9 +25,8 @@ from tests.deployment.test_rollout import LONG, QUICK, copy, finished, pids, rep
 from tests.deployment.waiting import until
 
 load, client = test_rollout.load, test_rollout.client  # fixtures
-HARMLESS = QUICK.model_copy(update={"harm_cap": 25})
-# Only errors may end it: taking memory makes calls slow besides.
-UNHURRIED = LONG.model_copy(update={"slow_floor_ms": 10_000.0, "budget": None, "deadline_ms": 4_000.0})
+# On a busy machine calls of a challenger are slow besides; nothing is to end for that here.
+CALM = QUICK.model_copy(update={"slow_floor_ms": 10_000.0, "budget": None})
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def why(demo, version: str) -> str:
 @pytest.mark.timeout(240)
 def test_a_challenger_that_answers_the_wrong_shape_answers_nobody(demo, client, load, alone):
     version = copy(demo, client, Drill(shape=1.0))
-    client.rollout_start(version, policy=QUICK)
+    client.rollout_start(version, policy=CALM)
     assert finished(client, version) == "rolled_back"
     assert "errors" in why(demo, version)
     assert version not in load.versions
@@ -66,7 +65,7 @@ def test_a_challenger_that_answers_the_wrong_shape_answers_nobody(demo, client, 
 def test_a_challenger_whose_calls_hang_is_withdrawn_at_its_cap_of_harm(demo, client, load, alone):
     """Some calls are answered at first, so that it comes to answer callers and hangs there."""
     version = copy(demo, client, Drill(hang=0.2))
-    client.rollout_start(version, policy=HARMLESS)
+    client.rollout_start(version, policy=CALM.model_copy(update={"harm_cap": 25}))
     assert finished(client, version) == "rolled_back"
     assert "harmed or left unanswered" in why(demo, version)
 
@@ -74,7 +73,7 @@ def test_a_challenger_whose_calls_hang_is_withdrawn_at_its_cap_of_harm(demo, cli
 @pytest.mark.timeout(300)
 def test_a_challenger_that_crashes_when_it_is_loaded_never_starts(demo, client, load, alone):
     version = copy(demo, client, Drill(crash=True))
-    client.rollout_start(version, policy=QUICK)
+    client.rollout_start(version, policy=CALM)
     assert finished(client, version) == "rolled_back"
     assert version not in load.versions
 
@@ -108,7 +107,7 @@ def test_a_challenger_that_leaks_is_refused_memory_before_the_node_lacks_it(demo
     allowed = demo.settings.challenger_memory_mb
     version = copy(demo, client, Drill(leak_mb=8.0))
     with most_memory(demo, version) as most:
-        client.rollout_start(version, policy=UNHURRIED)
+        client.rollout_start(version, policy=CALM.model_copy(update={"steps": LONG.steps}))
         assert finished(client, version) == "rolled_back"
     assert allowed / 2 < most[0] < allowed + 300, "it leaked, and no more than it may beside what Ray's worker has"
     assert "errors" in why(demo, version)
@@ -117,7 +116,7 @@ def test_a_challenger_that_leaks_is_refused_memory_before_the_node_lacks_it(demo
 @pytest.mark.timeout(240)
 def test_a_version_that_gateways_cannot_load_is_not_promoted_though_its_challenger_ran(demo, client, load, alone):
     version, champion = copy(demo, client), client.rollout().champion
-    client.rollout_start(version, policy=QUICK.model_copy(update={"approval": True}))
+    client.rollout_start(version, policy=CALM.model_copy(update={"approval": True}))
     until(lambda: client.rollout().reason == "waiting for approval", "only the approval is missing", 90)
     place = Registry(demo.settings).download("aqua", version, demo.settings.cache_dir / "models")
     (place / GRAPH).write_bytes(b"not a graph")

@@ -26,7 +26,7 @@ POLICY = ReleasePolicy(
     harm_cap=10_000,
     watch=None,
 )
-BAD = (Drill(nan=1.0), Drill(errors=1.0))
+BAD = (Drill(nan=1.0), Drill(errors=1.0), Drill(shape=1.0))
 _OVER_S, _REVERTED_S, _TAKEN_S = 300.0, 60.0, 60.0
 _TRIES = 5  # of one promotion, when its challengers are killed
 _QUIET_S = 0.5  # so long only the version before answers, and it counts as back
@@ -35,7 +35,11 @@ _LOOK_S = 0.05
 
 @dataclass
 class Done:
-    """What came of it. ``wrong`` are rollouts that ended otherwise than they should have."""
+    """What came of it. ``wrong`` are rollouts that ended otherwise than they should have.
+
+    ``zero_weight`` are the journal's seconds from each decision until no gateway asked the challenger any more, and
+    when (monotonic seconds) that was read.
+    """
 
     promoted: int = 0
     rolled_back: int = 0
@@ -43,7 +47,7 @@ class Done:
     orders_repeated: int = 0
     wrong: list[str] = field(default_factory=list)
     revert_s: list[float] = field(default_factory=list)
-    zero_weight_s: list[float] = field(default_factory=list)
+    zero_weight: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Cycles:
@@ -61,7 +65,7 @@ class Cycles:
             for number in range(1, cycles + 1):
                 began, before = time.monotonic(), str(self._state().champion)
                 good = self._promote()
-                if number % 2 == 0:
+                if number % 2:
                     self._revert(before, good)
                 self._withdraw(BAD[number % len(BAD)])
                 say(f"cycle {number} of {cycles}: {time.monotonic() - began:.1f} s, {self._load.answers:,} answers")
@@ -74,6 +78,7 @@ class Cycles:
             ended = self._release(version)
             if ended.outcome is Outcome.PROMOTED:
                 self.done.promoted += 1
+                self._until(lambda: version in self._load.last, f"callers get {version}", _TAKEN_S)  # noqa: B023
                 return version
             # Judged by its answers, a challenger that was killed is a bad one.
             if self._killer.killed("challenger", began, time.monotonic()):
@@ -97,7 +102,7 @@ class Cycles:
         def taken(now: RolloutStatus) -> bool:
             return version in (now.challenger, now.ended, *now.waiting)
 
-        before = self._state()
+        before, since = self._state(), self._known.sequence
         self._order(lambda: self._client.rollout_start(version, policy=POLICY), taken)
         self._until(lambda: self._state().ended == version and self._state().phase is Phase.IDLE, version, _OVER_S)
         ended = self._state()
@@ -105,8 +110,8 @@ class Cycles:
         wanted = (version, before.champion) if replaced else (before.champion, before.previous)
         if (ended.champion, ended.previous) != wanted:
             self.done.wrong.append(f"after {version} the champion is {ended.champion}, before it {ended.previous}")
-        withdrawn = self._place.database.last_entry(self._place.journal.stream, Kind.WITHDRAWN.value)
-        self.done.zero_weight_s.append(float(withdrawn.payload["zero_weight_s"]) if withdrawn else float("inf"))
+        took = [e.payload["zero_weight_s"] for e in self._place.journal.read(since) if e.kind == Kind.WITHDRAWN]
+        self.done.zero_weight += [(seconds, time.monotonic()) for seconds in took]
         return ended
 
     def _revert(self, before: str, good: str) -> None:

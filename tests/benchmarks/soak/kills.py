@@ -14,6 +14,7 @@ from typing import Self
 from cluster.database import JournalEntry
 from serving import routing
 from serving.rollout.journal import replay
+from serving.rollout.machine import NotAllowed
 from serving.rollout.projections import document
 from tests.benchmarks.harness import say
 from tests.benchmarks.soak.place import GATEWAYS, USECASE, Place
@@ -95,21 +96,27 @@ class Killer:
         os.kill(victim, signal.SIGKILL)
         at = time.monotonic()
         self.kills.append(Kill(kind, at, float("inf")))
-        if kind == "challenger":  # the release may be over with it
-            _until(lambda: victim not in self._place.pids(TITLES[kind]), f"the killed {kind} is gone")
-        else:
-            _until(lambda: self._replaced(kind, victim), f"another {kind} stands in for {victim}")
+        if not _becomes(lambda: self._back(kind, victim)):
+            raise RuntimeError(f"nothing stands in for the killed {kind} {victim}")
         self.kills[-1] = Kill(kind, at, time.monotonic())
-        if (fault := broken(before, self._place.journal.read())) is not None:
+        fault = broken(before, self._place.journal.read())
+        if fault is None and not _becomes(self._routed):
+            fault = "what is routed does not follow from the journal"
+        if fault is not None:
             self.faults.append(f"after the kill of {kind} {victim}: {fault}")
-        _until(self._routed, "what is routed follows from the journal")
         say(f"    {kind} {victim} killed, back after {self.kills[-1].back - at:.1f} s")
 
-    def _replaced(self, kind: str, victim: int) -> bool:
+    def _back(self, kind: str, victim: int) -> bool:
+        """Whether another stands in for the victim; with a challenger the release may be over."""
         found = self._place.pids(TITLES[kind])
-        if kind == "gateway":  # one that holds a lease answers
-            found = [pid for pid in found if any(f":{pid}:" in lease for lease in self._place.gateways())]
-        return victim not in found and len(found) == (GATEWAYS if kind == "gateway" else 1)
+        if kind == "gateway":  # only what answers through the proxy is one
+            return len(found) == GATEWAYS and self._answering() == set(found)
+        return victim not in found and (kind == "challenger" or len(found) == 1)
+
+    def _answering(self) -> set[int]:
+        """The process ids of gateways that answer."""
+        with self._place.client() as client:
+            return {int(client.status()["replica"].rsplit(":", 1)[1]) for _ in range(4 * GATEWAYS)}
 
     def _routed(self) -> bool:
         """Whether the table in force is that of the journal's last state; a moment later it may be again."""
@@ -128,13 +135,18 @@ def broken(before: Sequence[JournalEntry], after: Sequence[JournalEntry]) -> str
         return f"of {len(before)} entries not all are as they were"
     if [entry.sequence for entry in after] != list(range(1, len(after) + 1)):
         return "its entries are not numbered without gaps"
-    replay(after[len(before) :], replay(before))
+    try:
+        replay(after[len(before) :], replay(before))
+    except NotAllowed as error:
+        return f"an entry does not fit: {error}"
     return None
 
 
-def _until(condition: Callable[[], bool], what: str) -> None:
+def _becomes(condition: Callable[[], bool]) -> bool:
+    """Whether it is true within the time that parts have to come back."""
     deadline = time.monotonic() + _BACK_S
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"not within {_BACK_S:g} s: {what}")
+            return False
         time.sleep(_LOOK_S)
+    return True

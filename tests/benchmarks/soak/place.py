@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster import processes, session
-from cluster.clock import SystemClock
 from cluster.database import Database
 from cluster.settings import Settings
 from pipelines import usecases
@@ -36,7 +35,6 @@ class Place:
     registry: Registry
     database: Database
     journal: Journal
-    leases: str
 
     def client(self, **options: Any) -> Client:
         """A caller's way to the gateways."""
@@ -50,10 +48,6 @@ class Place:
         """The processes of this cluster, and of no other, whose title begins like that."""
         found = processes.session_pids(self.running.environment_marker)
         return [pid for pid in found if processes.command(pid).startswith(prefix)]
-
-    def gateways(self) -> list[str]:
-        """The gateways that hold a lease."""
-        return self.database.live_leases(self.leases, SystemClock().now())
 
 
 @contextlib.contextmanager
@@ -82,7 +76,6 @@ def served(home: Path) -> Iterator[Place]:
         # After `up`: Serve reads its flags when it is imported.
         from serving.app import deploy
         from serving.demo.steps import Demo
-        from serving.rollout.serve_world import gateway_lease
 
         demo = Demo.over(usecases.load(USECASE), settings, say, running.http, _SIZE)
         for step in (demo.contract, demo.features, demo.train):
@@ -90,11 +83,7 @@ def served(home: Path) -> Iterator[Place]:
         deploy(USECASE, settings)
         session.disconnect()
         database = Database(settings.database_url)
-        leases = gateway_lease(USECASE, "")
-        yield Place(settings, running, Registry(settings), database, Journal(database, USECASE), leases)
+        yield Place(settings, running, Registry(settings), database, Journal(database, USECASE))
     finally:
         session.disconnect()
-        session.down(settings)
-        left = processes.session_pids(running.environment_marker)
-        if left:
-            raise RuntimeError(f"these processes of the cluster still run: {[processes.command(pid) for pid in left]}")
+        session.down(settings)  # raises when a process of the cluster would not end
