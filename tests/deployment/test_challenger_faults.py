@@ -119,8 +119,10 @@ def test_a_version_that_gateways_cannot_load_is_not_promoted_though_its_challeng
     client.rollout_start(version, policy=CALM.model_copy(update={"approval": True}))
     until(lambda: client.rollout().reason == "waiting for approval", "only the approval is missing", 90)
     place = Registry(demo.settings).download("aqua", version, demo.settings.cache_dir / "models")
+    whole = (place / GRAPH).read_bytes()
     (place / GRAPH).write_bytes(b"not a graph")
     client.rollout_command("approve", "it looks good")
     assert finished(client, version) == "rolled_back"
+    (place / GRAPH).write_bytes(whole)  # other tests have all that was served made again
     assert "cannot load it" in why(demo, version)
     until(lambda: went_back(load, champion), "the champion answers alone", 10)
