@@ -18,6 +18,7 @@ from cluster.log import Log, LogFull, LogUnavailable, Record, Sequences
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.2
+_LINGER_S = 0.02
 
 
 @dataclass(eq=False)
@@ -58,8 +59,9 @@ class _HandTo:
 class GroupCommit:
     """Appends for many threads: what waits while one transaction commits goes into the next.
 
-    ``after_commit`` runs on the writing thread after each commit, before the futures resolve; if it
-    raises, the futures of that group carry its error although their records are durable (a caller that
+    Records that nobody waits for are written within 20 ms, together with whatever comes until then: a transaction costs
+    the process more than its records do. ``after_commit`` runs on the writing thread after each commit of records that
+    somebody waits for, before the futures resolve; if it raises, the futures of that group carry its error although their records are durable (a caller that
     tries again gets None for them). The same holds when the log became unavailable: the records may be
     durable. At most ``max_waiting`` records wait at any time, and one transaction takes about
     ``group_records`` of them. A stream that keeps ``max_kept`` records, because nobody drains it, takes no more.
@@ -87,6 +89,7 @@ class GroupCommit:
         self._looked: dict[str, float] = {}
         self._queue: list[_Submission] = []
         self._waiting = 0
+        self._awaited = 0  # submissions in the queue that have a future
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
@@ -129,7 +132,9 @@ class GroupCommit:
                 raise LogFull(f"{waiting} records would wait for the log, at most {self._max_waiting} may")
             self._waiting = waiting
             self._queue.append(submission)
-            self._changed.notify()
+            self._awaited += submission.future is not None
+            if self._awaited or len(self._queue) == 1 or waiting >= self._group_records:
+                self._changed.notify()  # otherwise it is lingering and need not be woken
 
     def _refuse_overflow(self, submission: _Submission) -> None:
         most, stream = self._max_kept, submission.stream
@@ -152,21 +157,26 @@ class GroupCommit:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
+                self._changed.wait_for(self._is_urgent, timeout=_LINGER_S)
                 taken = count = 0
                 while taken < len(self._queue) and count < self._group_records:
                     count += len(self._queue[taken].records)
                     taken += 1
                 group, self._queue = self._queue[:taken], self._queue[taken:]
+                self._awaited -= sum(submission.future is not None for submission in group)
             self._write([s for s in group if s.future is None or s.future.set_running_or_notify_cancel()])
             with self._changed:
                 self._waiting -= count
+
+    def _is_urgent(self) -> bool:
+        return bool(self._awaited) or self._closing or self._waiting >= self._group_records
 
     def _write(self, group: list[_Submission]) -> None:
         durable = self._append(group)
         with _HandTo(durable) as projecting:
             if self._max_kept is not None:
                 self._kept |= {stream: self._log.pending(stream) for stream in {s.stream for s in durable}}
-            if durable and self._after_commit is not None:
+            if self._after_commit is not None and any(submission.future is not None for submission in durable):
                 self._after_commit()
         if projecting.error is not None:
             return

@@ -17,7 +17,7 @@ from pipelines.features.online import BoundReader, OnlineState, Read
 from pipelines.features.served import Status
 from pipelines.features.views import Views
 from pipelines.spec import FieldType, UseCase
-from pipelines.training.artifact import Artifact, Prediction
+from pipelines.training.artifact import Artifact, Prediction, matrix
 from serving.bodies import entries
 from serving.fallback import Filled
 from serving.problems import Problem
@@ -101,7 +101,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class _View:
-    """What rows of one view are made by: the page under it, its state, and its inputs by kind.
+    """What rows of one view are made by: the page under it, its state, its columns, and its inputs by kind.
 
     ``strings`` has the entity too; by those ``asked`` for, neighbours and dimensions are found. ``of_entity`` are the
     stored features that need no more than the entity to be found.
@@ -109,6 +109,8 @@ class _View:
 
     page: UseCase
     reader: BoundReader
+    stored: tuple[str, ...]
+    inputs: tuple[str, ...]
     numbers: tuple[str, ...]
     strings: tuple[str, ...]
     asked: tuple[str, ...]
@@ -217,10 +219,10 @@ class Predictor:
             own = tried if taken is not None and taken[i] else None
             version, variant = (champion, "champion") if own is None else (challenger, "challenger")
             rows = own or prepared
-            read, filled, view = rows.read, rows.filled, rows.page.view
+            read, filled, made = rows.read, rows.filled, self._made[rows.view]
             flagged = {
                 name: Status(status).name
-                for name, status in zip(view.stored, filled.status[i].tolist(), strict=True)
+                for name, status in zip(made.stored, filled.status[i].tolist(), strict=True)
                 if status != Status.FRESH
             }
             degraded = rows.reasons(i) if flagged or not read.known[i] or i in filled.refused else []
@@ -242,7 +244,7 @@ class Predictor:
                     "prediction_id": identity,
                     "_time": rows.now_us,
                     "entity": rows.entities[i],
-                    "inputs": orjson.dumps({n: rows.records[i].get(n) for n in view.inputs}).decode(),
+                    "inputs": orjson.dumps({n: rows.records[i].get(n) for n in made.inputs}).decode(),
                     "stored": filled.values[i].tolist(),
                     "status": filled.status[i].tolist(),
                     "numeric": rows.numeric[i].tolist(),
@@ -298,7 +300,7 @@ class Predictor:
                     "age_seconds": age if np.isfinite(age) else None,
                 }
                 for name, value, status, age in zip(
-                    made.page.view.stored,
+                    made.stored,
                     read.values[0].tolist(),
                     read.status[0].tolist(),
                     read.age_s[0].tolist(),
@@ -323,6 +325,8 @@ def _view(state: OnlineState) -> _View:
     return _View(
         page=state.use_case,
         reader=state.bind(),
+        stored=view.stored,
+        inputs=view.inputs,
         numbers=numbers,
         strings=strings,
         asked=tuple(dict.fromkeys(name for names in asked for name in names)),
@@ -332,7 +336,7 @@ def _view(state: OnlineState) -> _View:
 
 def _numeric(artifact: Artifact, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """float64 [n, d]: the columns of the version's model."""
-    return np.stack([columns[name] for name in artifact.numeric], axis=1)
+    return matrix(columns, artifact.numeric)
 
 
 def usable(artifact: Artifact, columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import resource
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -20,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from cluster import group_commit
 from cluster.group_commit import GroupCommit
 from cluster.log import DurableLog, Log, LogFull, LogRecord, LogUnavailable, Record
 from cluster.redis_log import RedisLog
@@ -393,6 +395,38 @@ def test_close_writes_what_waits_and_then_takes_no_more(log):
     assert log.last("predictions") == 50
     with pytest.raises(RuntimeError, match="closed"):
         group.submit("predictions", [])
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """What lingers does so until something else ends it."""
+    monkeypatch.setattr(group_commit, "_LINGER_S", 600.0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_records_that_nobody_waits_for_share_a_transaction_and_are_not_projected(log):
+    clock, projected = Ticking(), []
+    group = GroupCommit(log, clock, lambda: projected.append(log.last("predictions")))
+    began = clock.now()
+    for _ in range(50):
+        group.submit_quiet("predictions", [Record(None, b"p")])
+        time.sleep(0.001)
+    group.close()
+    assert log.last("predictions") == 50
+    assert clock.now() - began == 2  # it is asked once a transaction, and here
+    assert not projected
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_record_that_somebody_waits_for_takes_along_what_lingers(log):
+    projected = []
+    group = GroupCommit(log, Ticking(), lambda: projected.append(log.last("predictions")))
+    for expected in range(1, 30):
+        group.submit_quiet("predictions", [Record(None, b"p")])
+        assert group.submit("events", [Record(None, b"e")]).result(30) == [expected]
+        assert log.last("predictions") == expected
+    group.close()
+    assert projected == list(range(1, 30))
 
 
 def test_a_quiet_failure_is_logged(log, caplog):
