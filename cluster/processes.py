@@ -134,6 +134,11 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return  # it ended by itself
 
 
+def runs(pid: int) -> bool:
+    """Whether a process of this machine has that id and has not ended."""
+    return not _is_zombie(pid)
+
+
 def is_orphan(pid: int) -> bool:
     """Whether the process that started ``pid`` is gone, so that the init process has taken it over."""
     return _stat(pid)[1:2] == [b"1"]

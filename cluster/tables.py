@@ -24,6 +24,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -99,10 +100,11 @@ class Tables:
             return False
         return True
 
-    def ensure(self, name: str, schema: pa.Schema, partition_by: Sequence[str] = ()) -> None:
+    def ensure(self, name: str, schema: pa.Schema, partition_by: Sequence[str] = (), *, grows: bool = False) -> None:
         """Create the table, or check that it has this schema and these partitions.
 
-        Raises ``ValueError`` naming every field that differs.
+        With ``grows``, columns that an older table lacks are added to it; they are null in the rows it has. Raises
+        ``ValueError`` naming every field that differs.
         """
         stored = _storable(schema)
         if not self.exists(name):
@@ -124,6 +126,10 @@ class Tables:
                 if not self.exists(name):  # otherwise another process created it meanwhile
                     raise
         handle = self._open(name, without_files=True)
+        declared = _declared(handle)
+        if grows and (added := [field for field in schema if field.name not in declared.names]):
+            _compare(name, declared, pa.schema([field for field in schema if field.name in declared.names]))
+            handle = self._grow(name, handle, pa.schema([*declared, *added]))
         _compare(name, _declared(handle), schema)
         if (existing := list(handle.metadata().partition_columns)) != list(partition_by):
             raise ValueError(
@@ -262,6 +268,18 @@ class Tables:
         hours = -(-older_than // timedelta(hours=1))
         gone = self._open(name).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True)
         return sorted(gone)
+
+    def _grow(self, name: str, handle: DeltaTable, schema: pa.Schema) -> DeltaTable:
+        """The table with the columns of ``schema`` that it lacks; whatever another process has added by then."""
+        held = set(pa.schema(handle.schema()).names)
+        lacking = pa.schema([field for field in _storable(schema) if field.name not in held])
+        try:
+            handle.alter.add_columns(list(DeltaSchema.from_arrow(lacking).fields))
+            handle.alter.set_table_properties({_SCHEMA_KEY: _pack(schema)}, raise_if_not_exists=False)
+        except DeltaError:
+            if set(schema.names) - set(self.schema(name).names):  # otherwise another process has grown it meanwhile
+                raise
+        return self._open(name, without_files=True)
 
     def _open(self, name: str, version: int | None = None, *, without_files: bool = False) -> DeltaTable:
         if version is not None and not 0 <= version < _LOOKED_FOR:

@@ -80,7 +80,7 @@ def drain(
             tables.ensure(name, events.events_schema(source.contract), [events.BUCKET])
             tables.ensure(names[QUARANTINE], events.QUARANTINE_SCHEMA)
         else:
-            tables.ensure(name, schemas[stream])
+            tables.ensure(name, schemas[stream], grows=stream == PREDICTIONS)
         done = tables.marker(name, f"drain/{stream}") or 0
         if done >= log.first(stream):  # an earlier drain died between its commit and its trim
             if stream == EVENTS:

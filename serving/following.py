@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +27,7 @@ from pipelines.spec import UseCase
 from serving import routing
 from serving.challenger import Asker, Reply
 from serving.rollout.actor import handle, start
-from serving.rollout.serve_world import gateway_lease
+from serving.rollout.serve_world import gateway_lease, gateway_name
 from serving.routing import Challenger, RoutingTable
 from serving.runner import DescribedVersion, LoadedVersion, Rows, VersionRefused, describe_version, load_version
 from serving.tally import Tally
@@ -84,7 +81,7 @@ class Follower:
         table = routing.read(database, use_case.name)
         if table is None:
             raise RuntimeError(f"{use_case.name!r} has no champion: release a version before its gateway starts")
-        self.gateway = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
+        self.gateway = gateway_name()
         self.failure: str | None = None
         self._use_case, self._settings, self._database, self._warm = use_case, settings, database, warm
         self._tally = Tally(self.gateway)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from typing import Any
 
 from ray.serve.schema import ApplicationStatus
 
+from cluster import processes
 from cluster.alerts import Alerts
 from cluster.clock import SystemClock
 from cluster.database import Database, ReleaseRequest
@@ -112,8 +114,20 @@ class ServeWorld:
         return self._database.newest_release(self._usecase, request)
 
     def gateways(self) -> list[str]:
-        """The gateways that hold a lease."""
-        return self._database.live_leases(gateway_lease(self._usecase, ""), SystemClock().now())
+        """The gateways that hold a lease, without those whose process on this host has ended."""
+        held = self._database.live_leases(gateway_lease(self._usecase, ""), SystemClock().now())
+        return [gateway for gateway in held if not _has_ended(gateway)]
+
+
+def gateway_name() -> str:
+    """A name for the gateway in this process; no other has it, and ``gateways`` can tell when the process is gone."""
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
+
+
+def _has_ended(gateway: str) -> bool:
+    """Whether it is a process of this host that is gone; of another host only its lease can tell."""
+    host, pid, _ = gateway.rsplit(":", 2)
+    return host == socket.gethostname() and not processes.runs(int(pid))
 
 
 def gateway_lease(usecase: str, gateway: str) -> str:

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
+from deltalake import Field as DeltaField
 from deltalake.exceptions import TableNotFoundError
+from deltalake.schema import PrimitiveType
 
 from cluster.tables import NoVersion, Tables
 from tests import services
@@ -64,6 +66,46 @@ def tables(request, tmp_path) -> Tables:
         made = Tables(f"s3://tables/{tmp_path.name}", request.getfixturevalue("bucket"))
     made.ensure("aqua/events", SCHEMA, ["_bucket"])
     return made
+
+
+def grow(tables: Tables, name: str, schema: pa.Schema, partition_by: list[str]) -> None:
+    """In another process: deltalake keeps the interpreter's lock meanwhile, and the S3 server is in this one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(_grown, (tables, name, schema, partition_by))
+
+
+def _grown(tables: Tables, name: str, schema: pa.Schema, partition_by: list[str]) -> None:
+    tables.ensure(name, schema, partition_by, grows=True)
+
+
+def test_a_table_that_grows_keeps_its_rows_and_refuses_other_types(tables) -> None:
+    tables.ensure("grown", SCHEMA, ["_bucket"])
+    tables.append("grown", rows(1, 2, 3), "load")
+    wider = pa.schema([*SCHEMA, ("extra", pa.list_(pa.uint8())), ("note", pa.string())])
+    with pytest.raises(ValueError, match=r"extra .* is not a column of it"):
+        tables.ensure("grown", wider, ["_bucket"])
+    grow(tables, "grown", wider, ["_bucket"])
+    grow(tables, "grown", wider, ["_bucket"])
+    assert tables.schema("grown") == wider
+    more = rows(4).append_column("extra", pa.array([[7]], pa.list_(pa.uint8())))
+    tables.append("grown", more.append_column("note", pa.array(["new"])), "load", 2)
+    found = in_order(tables.read("grown"))
+    assert found.select(SCHEMA.names) == in_order(rows(1, 2, 3, 4))
+    assert found["extra"].to_pylist() == [None, None, None, [7]]
+    other = pa.schema([field if field.name != "value" else pa.field("value", pa.string()) for field in wider])
+    even_wider = pa.schema([*other, ("more", pa.int64())])
+    with pytest.raises(ValueError, match="value is double, given string"):
+        tables.ensure("grown", even_wider, ["_bucket"], grows=True)
+    assert tables.schema("grown") == wider, "refused, and yet grown"
+
+
+def test_a_table_that_was_grown_halfway_grows_on(tmp_path) -> None:
+    tables = Tables(tmp_path.as_uri())
+    tables.ensure("half", SCHEMA)
+    DeltaTable(tables.uri("half")).alter.add_columns([DeltaField("note", PrimitiveType("string"))])
+    wider = pa.schema([*SCHEMA, ("note", pa.string())])
+    tables.ensure("half", wider, grows=True)
+    assert tables.schema("half") == wider
 
 
 @pytest.fixture
