@@ -61,10 +61,10 @@ class GroupCommit:
 
     Records that nobody waits for are written within 20 ms, together with whatever comes until then: a transaction costs
     the process more than its records do. ``after_commit`` runs on the writing thread after each commit of records that
-    somebody waits for, before the futures resolve; if it raises, the futures of that group carry its error although their records are durable (a caller that
-    tries again gets None for them). The same holds when the log became unavailable: the records may be
-    durable. At most ``max_waiting`` records wait at any time, and one transaction takes about
-    ``group_records`` of them. A stream that keeps ``max_kept`` records, because nobody drains it, takes no more.
+    somebody waits for, before the futures resolve; if it raises, the futures of that group carry its error although
+    their records are durable (a caller that tries again gets None for them). The same holds when the log became
+    unavailable: the records may be durable. At most ``max_waiting`` records wait at any time, and one transaction takes
+    about ``group_records`` of them. A stream that keeps ``max_kept`` records, because nobody drains it, takes no more.
     """
 
     def __init__(

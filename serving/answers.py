@@ -83,6 +83,25 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The instances of a request, where ``taken`` bool [n], that another version than the champion answered, and the
+    ``rows`` of all n that it made of them.
+    """
+
+    taken: np.ndarray
+    version: str
+    rows: Prepared
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The versions [n] that the instances of a request were assigned to in an A/B test of that number."""
+
+    test: int
+    versions: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Answered:
     """The answer's document, and what is to be logged of each prediction (``served.SERVED_SCHEMA``)."""
 
@@ -202,11 +221,14 @@ class Predictor:
         prepared: Prepared,
         prediction: Prediction,
         champion: str,
-        taken: np.ndarray | None = None,
-        challenger: str | None = None,
-        tried: Prepared | None = None,
+        parts: Sequence[Part] = (),
+        assigned: Assigned | None = None,
     ) -> Answered:
-        """The document and the log of ``prediction`` [n], which the challenger made, of ``tried``, where ``taken``."""
+        """The document and the log of ``prediction`` [n], of which the champion did not make the ``parts``."""
+        own: list[Part | None] = [None] * len(prepared.records)
+        for part in parts:
+            for i in np.flatnonzero(part.taken).tolist():
+                own[i] = part
         as_of = from_microseconds(prepared.now_us).isoformat().replace("+00:00", "Z")
         prefix = os.urandom(12).hex()
         answers, logged = [], []
@@ -216,9 +238,11 @@ class Predictor:
             )
             valid, bounded = np.isfinite(value), np.isfinite(lower) and np.isfinite(upper)
             identity = f"{prefix}{i:04x}"
-            own = tried if taken is not None and taken[i] else None
-            version, variant = (champion, "champion") if own is None else (challenger, "challenger")
-            rows = own or prepared
+            made_by = own[i]
+            if made_by is None:
+                version, variant, rows = champion, "champion", prepared
+            else:
+                version, variant, rows = made_by.version, "challenger", made_by.rows
             read, filled, made = rows.read, rows.filled, self._made[rows.view]
             flagged = {
                 name: Status(status).name
@@ -259,6 +283,9 @@ class Predictor:
                     "upper": upper,
                 }
             )
+        if assigned is not None:
+            for row, given in zip(logged, assigned.versions, strict=True):
+                row["test"], row["assigned"] = assigned.test, given
         return Answered({"predictions": answers, "as_of": as_of}, logged)
 
     def warm(self, version: LoadedVersion | DescribedVersion, now_us: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastapi import Depends, Path, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,6 +32,7 @@ _BEARER = HTTPBearer(  # shows the scheme in the description; KeyRing decides
 _KEY = (401, 403, 429)
 _OUTCOME = {"outcomes": [{"prediction_id": "0" * 28, "value": 1.0}]}
 _REASON = {"reason": "seen and found good"}
+_TEST = {"test": {"variants": [{"version": "2", "share": 0.5}]}, **_REASON}
 
 
 def _response(problem: Problem) -> Response:
@@ -77,6 +79,7 @@ def build_api(gateway: Gateway) -> DescribedApp:
     releaser = principal(Scope.RELEASE)
     by_release = [Security(_BEARER, scopes=[Scope.RELEASE.value])]
     outcomes, to_start, to_command = body(wire.FeedbackRequest), body(wire.RolloutStart), body(wire.RolloutCommand)
+    to_test = body(wire.ABTestStart)
     facts = dimensions(use_case)
     named = Path(examples=list(facts)[:1] or None, json_schema_extra={"enum": list(facts)} if facts else None)
     known = (instances(use_case).example() or {}).get(use_case.contract.entity)
@@ -199,8 +202,36 @@ def build_api(gateway: Gateway) -> DescribedApp:
         who: Principal = releaser,
         body: wire.RolloutCommand = to_command,
     ) -> wire.RolloutStatus:
-        """Pauses, resumes, approves or aborts the rollout that is under way, or takes the champion back."""
+        """Pauses, resumes, approves or aborts the rollout or A/B test that is under way, or takes the champion back."""
         return wire.RolloutStatus(**gateway.rollouts.command(command, by=who.name, reason=body.reason))
+
+    @app.get("/ab", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 404, 503), tags=["A/B test"])
+    def test() -> wire.ABTestStatus:
+        """Where the last A/B test stands: its units, and how each variant compares with the champion."""
+        return wire.ABTestStatus(**gateway.rollouts.test())
+
+    @app.get(
+        "/ab/report",
+        dependencies=allow(Scope.READ),
+        responses=refusals(*_KEY, 404, 409, 503),
+        response_class=HTMLResponse,
+        tags=["A/B test"],
+    )
+    def test_report() -> HTMLResponse:
+        """The same as a page, with a plot of the confidence sequences."""
+        return HTMLResponse(gateway.rollouts.test_report())
+
+    @app.post(
+        "/ab/start",
+        dependencies=by_release,
+        responses=refusals(400, *_KEY, 409, 413, 422, 503),
+        openapi_extra=takes(wire.ABTestStart, _TEST),
+        tags=["A/B test"],
+    )
+    def start_test(who: Principal = releaser, body: wire.ABTestStart = to_test) -> wire.ABTestStatus:
+        """Begins an A/B test. It is paused, resumed and aborted as a rollout is."""
+        found = gateway.rollouts.start_test(body.test, by=who.name, force=body.force, reason=body.reason)
+        return wire.ABTestStatus(**found)
 
     @app.get("/healthz", tags=["health"])
     def healthz() -> wire.Alive:

@@ -7,9 +7,16 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from pipelines.spec import ABTest
+    from serving.client import Client
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for action, meaning in steering.items():
         actions.add_parser(action, help=meaning).add_argument("--reason", default="", help="kept in the journal")
+    test = commands.add_parser("ab", help="see and steer a use case's A/B test")
+    test.add_argument("usecase")
+    parts = test.add_subparsers(dest="action")
+    parts.add_parser("status", help="where it stands, and how the versions compare (the default)")
+    begin = parts.add_parser("start", help="let versions answer for different units at the same time")
+    begin.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="VERSION=SHARE",
+        help="a version beside the champion; repeated",
+    )
+    begin.add_argument("--definition", type=Path, help="a JSON file of everything else that a test has")
+    begin.add_argument("--force", action="store_true", help="although gates did not pass; needs --reason")
+    begin.add_argument("--reason", default="", help="kept in the journal")
+    page = parts.add_parser("report", help="write it as a page with a plot")
+    page.add_argument("--out", type=Path, help="the file (default USECASE-ab.html)")
+    for action in ("pause", "resume", "abort"):
+        parts.add_parser(action).add_argument("--reason", default="", help="kept in the journal")
     features = commands.add_parser("features", help="make, rebuild, audit and look at features")
     kinds = features.add_subparsers(dest="action", required=True)
     kinds.add_parser("backfill", help="make the training table").add_argument("usecase")
@@ -148,6 +174,54 @@ def _deploy(options: argparse.Namespace) -> int:
 
 
 def _rollout(options: argparse.Namespace) -> int:
+    def act(client: Client) -> BaseModel:
+        match options.action:
+            case None | "status":
+                return client.rollout()
+            case "start":
+                return client.rollout_start(options.version, force=options.force, reason=options.reason)
+            case _:
+                return client.rollout_command(options.action, options.reason)
+
+    return _said(options, act)
+
+
+def _ab(options: argparse.Namespace) -> int:
+    def act(client: Client) -> BaseModel:
+        match options.action:
+            case "start":
+                return client.ab_start(_definition(options), force=options.force, reason=options.reason)
+            case "report":
+                into = options.out or Path(f"{options.usecase}-ab.html")
+                into.write_text(client.ab_report(), encoding="utf-8")
+                print(into, file=sys.stderr)
+            case "pause" | "resume" | "abort":
+                client.rollout_command(options.action, options.reason)
+        return client.ab_test()
+
+    return _said(options, act)
+
+
+def _definition(options: argparse.Namespace) -> ABTest:
+    """The test that the options describe; raises ``ValueError`` when they describe none."""
+    from pydantic import ValidationError
+
+    from pipelines.spec import ABTest
+
+    given = json.loads(options.definition.read_text(encoding="utf-8")) if options.definition else {}
+    if options.variant:
+        pairs = [text.partition("=") for text in options.variant]
+        given["variants"] = [{"version": version, "share": share} for version, _, share in pairs]
+    try:
+        return ABTest.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"that is no A/B test: {where}: {first['msg']}") from error
+
+
+def _said(options: argparse.Namespace, act: Callable[[Client], BaseModel]) -> int:
+    """Prints what the gateway of the use case answers."""
     import httpx
 
     from cluster import session
@@ -162,17 +236,11 @@ def _rollout(options: argparse.Namespace) -> int:
     key = os.environ.get("TIDEGATE_API_KEY") or (owner_key(settings) if generated else None)
     try:
         with Client(options.usecase, url=url, api_key=key) as client:
-            match options.action:
-                case None | "status":
-                    status = client.rollout()
-                case "start":
-                    status = client.rollout_start(options.version, force=options.force, reason=options.reason)
-                case _:
-                    status = client.rollout_command(options.action, options.reason)
-    except (TidegateError, httpx.TransportError) as error:
+            answer = act(client)
+    except (TidegateError, httpx.TransportError, OSError) as error:
         print(f"tidegate: {error}", file=sys.stderr)
         return 1
-    print(status.model_dump_json(indent=1))
+    print(answer.model_dump_json(indent=1))
     return 0
 
 
@@ -211,4 +279,12 @@ def _features(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"up": _up, "down": _down, "status": _status, "deploy": _deploy, "rollout": _rollout, "features": _features}
+_COMMANDS = {
+    "up": _up,
+    "down": _down,
+    "status": _status,
+    "deploy": _deploy,
+    "rollout": _rollout,
+    "ab": _ab,
+    "features": _features,
+}

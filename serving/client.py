@@ -19,8 +19,11 @@ from urllib.parse import quote
 
 import httpx
 
+from pipelines.spec.abtest import ABTest
 from pipelines.spec.release import ReleasePolicy
 from serving.wire import (
+    ABTestStart,
+    ABTestStatus,
     EventResult,
     EventsResponse,
     FeaturesResponse,
@@ -106,6 +109,19 @@ def _rollout_command(command: str, reason: str) -> _Call[RolloutStatus]:
     return _Call("POST", f"/rollout/{command}", body, RolloutStatus.model_validate, repeatable=False)
 
 
+def _test() -> _Call[ABTestStatus]:
+    return _Call("GET", "/ab", None, ABTestStatus.model_validate)
+
+
+def _test_report() -> _Call[str]:
+    return _Call("GET", "/ab/report", None, str)
+
+
+def _test_start(test: ABTest, force: bool, reason: str) -> _Call[ABTestStatus]:
+    body = ABTestStart(test=test, force=force, reason=reason).model_dump(mode="json")
+    return _Call("POST", "/ab/start", body, ABTestStatus.model_validate, repeatable=False)
+
+
 class _Connection:
     """What both clients share: address, key, and which failed attempt is made again."""
 
@@ -139,7 +155,8 @@ def _lost_on_the_way(response: httpx.Response) -> bool:
 
 def _read(call: _Call[Answer], response: httpx.Response) -> Answer:
     if response.is_success:
-        return call.read(response.json())
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return call.read(response.json() if is_json else response.text)
     if response.headers.get("content-type", "").startswith(_PROBLEM):
         raise TidegateError(response.status_code, response.json())
     raise TidegateError(response.status_code, {"title": response.reason_phrase, "detail": response.text[:500]})
@@ -215,8 +232,20 @@ class Client(_Connection):
         return self._send(_rollout_start(version, policy, force, reason))
 
     def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
-        """Pauses, resumes, approves or aborts the rollout that is under way, or reverts to the previous champion."""
+        """Pauses, resumes, approves or aborts what is under way, or reverts to the previous champion."""
         return self._send(_rollout_command(command, reason))
+
+    def ab_test(self) -> ABTestStatus:
+        """Where the last A/B test stands."""
+        return self._send(_test())
+
+    def ab_report(self) -> str:
+        """The last A/B test as an HTML page, with a plot."""
+        return self._send(_test_report())
+
+    def ab_start(self, test: ABTest, *, force: bool = False, reason: str = "") -> ABTestStatus:
+        """Begins an A/B test; ``rollout_command`` pauses, resumes and aborts it."""
+        return self._send(_test_start(test, force, reason))
 
     def _send(self, call: _Call[Answer]) -> Answer:
         for attempt in itertools.count():
@@ -299,8 +328,20 @@ class AsyncClient(_Connection):
         return await self._send(_rollout_start(version, policy, force, reason))
 
     async def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
-        """Pauses, resumes, approves or aborts the rollout that is under way, or reverts to the previous champion."""
+        """Pauses, resumes, approves or aborts what is under way, or reverts to the previous champion."""
         return await self._send(_rollout_command(command, reason))
+
+    async def ab_test(self) -> ABTestStatus:
+        """Where the last A/B test stands."""
+        return await self._send(_test())
+
+    async def ab_report(self) -> str:
+        """The last A/B test as an HTML page, with a plot."""
+        return await self._send(_test_report())
+
+    async def ab_start(self, test: ABTest, *, force: bool = False, reason: str = "") -> ABTestStatus:
+        """Begins an A/B test; ``rollout_command`` pauses, resumes and aborts it."""
+        return await self._send(_test_start(test, force, reason))
 
     async def _send(self, call: _Call[Answer]) -> Answer:
         for attempt in itertools.count():

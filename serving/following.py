@@ -30,8 +30,10 @@ from serving.rollout.actor import handle, start
 from serving.rollout.serve_world import gateway_lease, gateway_name
 from serving.routing import Challenger, RoutingTable
 from serving.runner import DescribedVersion, LoadedVersion, Rows, VersionRefused, describe_version, load_version
+from serving.split import Split, Variant
 from serving.tally import Tally
 from serving.trial import Trial
+from serving.way import Allowed
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Serving:
     table: RoutingTable
     champion: LoadedVersion
     trial: Trial | None = None
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,20 @@ class Follower:
         self.failure: str | None = None
         self._use_case, self._settings, self._database, self._warm = use_case, settings, database, warm
         self._tally = Tally(self.gateway)
+        self._allowed = Allowed(*use_case.contract.field(use_case.model.target.field).limits)
         self._loaded = {table.champion: self._load(table.champion)}
         self._refused: dict[str, _Refusal] = {}
         self._loading: dict[str, Future[LoadedVersion]] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
-        self._asker: Asker | None = None
-        self._described: DescribedVersion | None = None
-        self._describing: tuple[str, Future[DescribedVersion]] | None = None
+        self._number: int | None = None
+        self._askers: dict[str, Asker] = {}
+        self._described: dict[str, DescribedVersion] = {}
+        self._describing: dict[str, Future[DescribedVersion]] = {}
         self._leaving: list[tuple[float, Asker]] = []
         self._actor: Any = None
         self._renewed = -_RENEW_S
         self._stop = threading.Event()
-        # The challenger of this first table, if any, comes with the first turn.
+        # Whatever is tried by this first table comes with the first turn.
         self.serving = Serving(table, self._loaded[table.champion])
         self._thread = threading.Thread(target=self._follow, name="following", daemon=True)
         self._thread.start()
@@ -140,7 +145,7 @@ class Follower:
     def _exchange(self) -> RoutingTable | None:
         """A newer table, or None; from the controller, or without it from the database."""
         report = self._tally.report()
-        busy = self.serving.trial is not None or bool(self._loading) or self._wants_trial()
+        busy = bool(self.serving.table.tried) or bool(self._loading)
         wait_s = _REPORT_S if busy else _LONG_POLL_S
         try:
             self._actor = self._actor or handle(self._use_case.name)
@@ -193,46 +198,33 @@ class Follower:
         if table.champion not in self._loaded:
             self._loaded[table.champion] = self._load(table.champion)
         champion = self._loaded[table.champion]
-        trial = self._trial(table, champion)
-        if table is not now.table or trial is not now.trial:
-            self.serving = Serving(table, champion, trial)
+        self._leave(table)
+        trial, split = self._trial(table, champion), self._split(table)
+        if table is not now.table or trial is not now.trial or split is not now.split:
+            self.serving = Serving(table, champion, trial, split)
         kept = table.versions
         self._loaded = {version: loaded for version, loaded in self._loaded.items() if version in kept}
-        if table.challenger is not None:
-            kept |= {table.challenger.version}
+        kept |= set(table.tried)
         self._refused = {version: why for version, why in self._refused.items() if version in kept}
 
     def _trial(self, table: RoutingTable, champion: LoadedVersion) -> Trial | None:
         """The trial that the table calls for; None as long as its challenger cannot be asked."""
         wanted, trial = table.challenger, self.serving.trial
-        if trial is not None and (wanted is None or _differ(wanted, trial.challenger)):
-            self._leave()
-            trial = None
         if wanted is None:
-            self._described = None
             return None
-        if trial is not None:
+        if trial is not None and not _differ(wanted, trial.challenger):
             trial.follow(wanted)
             return trial
-        target = self._use_case.contract.field(self._use_case.model.target.field)
         if wanted.watch:
-            return self._watch(wanted, champion, target.limits)
-        described = self._describe(wanted.version)
-        if described is None:
+            return self._watch(wanted, champion)
+        way = self._way(wanted.version)
+        if way is None:
             return None
-        try:
-            asker = Asker(self._use_case.name, wanted.version)
-            if not asker.ready(_ASKER_READY_S):
-                asker.close()
-                return None
-        except (RayServeException, RayError):
-            return None  # Serve does not know the application yet, or no more, or does not answer
-        self._asker = asker
         # Fixed for the whole rollout, from the champion's past on this node, so both versions are held to one limit.
         slow_s = max(wanted.slow_factor * champion.median_s(), wanted.slow_floor_ms / 1e3)
-        return Trial(wanted, asker.ask, slow_s, self._tally, target.limits, table.champion, described)
+        return Trial(wanted, way.ask, slow_s, self._tally, self._allowed, table.champion, way.described)
 
-    def _watch(self, wanted: Challenger, champion: LoadedVersion, allowed: tuple[float, float]) -> Trial | None:
+    def _watch(self, wanted: Challenger, champion: LoadedVersion) -> Trial | None:
         """The watch over a champion beside the version before it, which answers its copies in this process."""
         before = self._loaded.get(wanted.version)
         if before is None:
@@ -243,42 +235,76 @@ class Follower:
             return Reply(found.value, found.lower, found.upper, took)
 
         slow_s = max(wanted.slow_factor * before.median_s(), wanted.slow_floor_ms / 1e3)
-        return Trial(wanted, ask, slow_s, self._tally, allowed, champion.version, before)
+        return Trial(wanted, ask, slow_s, self._tally, self._allowed, champion.version, before)
+
+    def _split(self, table: RoutingTable) -> Split | None:
+        """The A/B test that the table calls for; None as long as any of its versions cannot be asked: a test in which
+        one of them cannot answer would be about nothing.
+        """
+        wanted, split = table.split, self.serving.split
+        if wanted is None:
+            return None
+        if split is not None and split.split == wanted:
+            return split
+        ways = {share.version: self._way(share.version) for share in wanted.shares}
+        variants = {version: way for version, way in ways.items() if way is not None}
+        if len(variants) < len(ways):
+            return None
+        return Split(wanted, variants, self._tally, self._allowed, table.champion)
+
+    def _way(self, version: str) -> Variant | None:
+        """How a version is asked that has an application of its own; None as long as it cannot be."""
+        described = self._describe(version)
+        if described is None:
+            return None
+        if version not in self._askers:
+            try:
+                asker = Asker(self._use_case.name, version)
+                if not asker.ready(_ASKER_READY_S):
+                    asker.close()
+                    return None
+            except (RayServeException, RayError):
+                return None  # Serve does not know the application yet, or no more, or does not answer
+            self._askers[version] = asker
+        return Variant(self._askers[version].ask, described)
 
     def _describe(self, version: str) -> DescribedVersion | None:
-        """What the challenger's rows are made by, ready to be used; None as long as that cannot be had."""
-        if self._described is not None and self._described.version == version:
-            return self._described
+        """What the version's rows are made by, ready to be used; None as long as that cannot be had."""
+        if version in self._described:
+            return self._described[version]
         if version in self._refused and self._refused[version].again_s > time.monotonic():
             return None
-        if self._describing is None or self._describing[0] != version:
-            self._describing = version, self._loader.submit(self._make_ready, version)
+        if version not in self._describing:
+            self._describing[version] = self._loader.submit(self._make_ready, version)
         try:
             # Not for long: this thread renews the lease and applies tables, and a registry may hang.
-            self._described = self._describing[1].result(_DESCRIBED_S)
+            self._described[version] = self._describing[version].result(_DESCRIBED_S)
         except TimeoutError:
             return None
         except VersionRefused as error:
-            self._describing = None
+            del self._describing[version]
             self._refuse(version, error)
             return None
-        self._describing = None
+        del self._describing[version]
         self._refused.pop(version, None)
-        return self._described
+        return self._described[version]
 
     def _make_ready(self, version: str) -> DescribedVersion:
         described = describe_version(self._use_case, version, self._settings)
         self._warm(described)
         return described
 
-    def _wants_trial(self) -> bool:
-        return self.serving.table.challenger is not None and self.serving.trial is None
+    def _leave(self, table: RoutingTable) -> None:
+        """Forgets versions that are no longer tried, but not their handles under requests that still wait for them.
 
-    def _leave(self) -> None:
-        """Drops the challenger's handle, but not under requests that are still waiting for it."""
-        if self._asker is not None:
-            self._leaving.append((time.monotonic() + 5.0, self._asker))
-            self._asker = None
+        In another rollout a version has another application, though of the same name.
+        """
+        tried = set(table.tried) if table.number == self._number else set()
+        self._number = table.number
+        self._described = {version: known for version, known in self._described.items() if version in tried}
+        self._describing = {version: future for version, future in self._describing.items() if version in tried}
+        for version in self._askers.keys() - tried:
+            self._leaving.append((time.monotonic() + 5.0, self._askers.pop(version)))
 
     def _let_go(self) -> None:
         for entry in [e for e in self._leaving if e[0] <= time.monotonic()]:

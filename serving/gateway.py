@@ -1,7 +1,8 @@
 """The request path of one use case: a Serve deployment whose ASGI app answers ``predict`` and ``events`` itself.
 
 Everything else goes to FastAPI, which also describes all routes. The champion runs inside this process; a challenger
-is asked through ``serving.trial``, and ``serving.following`` keeps both up to the routing table.
+is asked through ``serving.trial``, the versions of an A/B test through ``serving.split``, and ``serving.following``
+keeps all up to the routing table.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE
 from pipelines.features.online import OnlineState, open_log
 from pipelines.features.state import StateError
 from pipelines.features.views import open_views
-from pipelines.training.artifact import Prediction
-from serving.answers import Answered, Other, Predictor, Prepared
+from serving.answers import Answered, Assigned, Other, Part, Predictor, Prepared
 from serving.auth import KeyRing, Scope
 from serving.bodies import Receive, entries, parse, read_body
 from serving.events import DimensionFeed, Drain, EventIntake
-from serving.following import Follower, Serving
+from serving.following import Follower
 from serving.problems import Problem
 from serving.rollout.operators import Rollouts
 from serving.runner import DescribedVersion, LoadedVersion, VersionRefused
+from serving.split import Split
 from serving.trial import Asked, Trial
 from serving.watch import Watch
+from serving.way import Described
 from serving.wire import MAX_EVENTS, MAX_KEY
 
 ASGIScope = MutableMapping[str, Any]
@@ -134,64 +136,63 @@ class Gateway:
             prepared, prediction, took = await asyncio.to_thread(champion, records, serving.champion, now)
         if variant == _CHALLENGER and (serving.trial is None or serving.trial.challenger.watch):
             raise Problem(409, "No version is being tried", f"Leave out {_VARIANT}, or ask for the champion.")
-        if serving.trial is None or variant == _CHAMPION:
-            answered = self.predictor.compose(prepared, prediction, serving.champion.version)
+        tried, version = serving.trial or serving.split, serving.champion.version
+        if tried is None or variant == _CHAMPION:
+            answered = self.predictor.compose(prepared, prediction, version)
             self.intake.predictions(answered.records())
-        else:
-            forced = variant == _CHALLENGER
-            answered = await self._tried(serving, serving.trial, given, forced, prepared, prediction, took, began)
-        return orjson.dumps(answered.document)
+            return orjson.dumps(answered.document)
+        forced, key = variant == _CHALLENGER, given or secrets.token_hex(8)
+        counted = not forced and (given is None or tried.first_seen(given))
+        asked = Asked(key, counted, prepared, partial(self._rows_of, prepared), prediction, took, began, forced)
+        answer = self._tried(version, tried, asked) if isinstance(tried, Trial) else self._split(version, tried, asked)
+        return orjson.dumps((await answer).document)
 
-    async def _tried(
-        self,
-        serving: Serving,
-        trial: Trial,
-        given: str | None,
-        forced: bool,
-        prepared: Prepared,
-        prediction: Prediction,
-        took: float,
-        began: float,
-    ) -> Answered:
+    async def _tried(self, champion: str, trial: Trial, asked: Asked) -> Answered:
         """The answers while a version is being tried; the log gets what both versions said.
 
-        A ``forced`` request is the challenger's in all its instances.
+        A forced request is the challenger's in all its instances.
         """
-        champion = serving.champion.version
-        key = given or secrets.token_hex(8)
-        counted = not forced and (given is None or trial.first_seen(given))
-        weight = trial.weight
-        count = len(prepared.records)
-        assigned = np.ones(count, dtype=bool) if forced else trial.assign(key, prepared.entities, weight)
-        asked = Asked(key, counted, prepared, partial(self._rows_of, trial, prepared), prediction, took, began, forced)
+        prepared, weight, count = asked.prepared, trial.weight, len(asked.prepared.records)
+        assigned = np.ones(count, dtype=bool) if asked.forced else trial.assign(asked.key, prepared.entities, weight)
         trial.see(asked)
         if assigned.any():
             chosen = await trial.choose(asked, assigned, weight)
-            version = trial.challenger.version
-            answered = self.predictor.compose(
-                prepared, chosen.prediction, champion, chosen.taken, version, chosen.tried
-            )
+            parts = () if chosen.tried is None else (Part(chosen.taken, trial.challenger.version, chosen.tried),)
+            answered = self.predictor.compose(prepared, chosen.prediction, champion, parts)
             # Logged without the champion's answer, a request that its caller assigned is paired with none.
-            self.intake.predictions(answered.records(None if forced else chosen.other))
+            self.intake.predictions(answered.records(None if asked.forced else chosen.other))
             return answered
         if weight > 0:
             trial.count_champion(asked, weight)
-        answered = self.predictor.compose(prepared, prediction, champion)
-        if trial.copies(key):
+        answered = self.predictor.compose(prepared, asked.champion, champion)
+        if trial.copies(asked.key):
             trial.copy(asked, partial(self._log_copied, answered))
         else:
             self.intake.predictions(answered.records())
         return answered
 
-    async def _rows_of(self, trial: Trial, prepared: Prepared) -> Prepared:
-        """The instances by the challenger's view; raises what ``Predictor.prepare`` does.
+    async def _split(self, champion: str, split: Split, asked: Asked) -> Answered:
+        """The answers during an A/B test. A request that is repeated is answered alike and is no part of the test."""
+        prepared = asked.prepared
+        if not split.is_open:
+            answered = self.predictor.compose(prepared, asked.champion, champion)
+        else:
+            arms = split.assign(asked.key, prepared.entities)
+            prediction, parts = await split.choose(asked, arms)
+            versions = [split.versions[arm] for arm in arms.tolist()]
+            assigned = Assigned(split.split.test, versions) if asked.counted else None
+            answered = self.predictor.compose(prepared, prediction, champion, parts, assigned)
+        self.intake.predictions(answered.records())
+        return answered
 
-        Another view is read in a thread, however few the instances are: others are answered meanwhile, and the trial's
-        deadline can pass.
+    async def _rows_of(self, prepared: Prepared, version: Described) -> Prepared:
+        """The instances by the view of another version; raises what ``Predictor.prepare`` does.
+
+        Another view is read in a thread, however few the instances are: others are answered meanwhile, and the
+        deadline of who is asked can pass.
         """
-        make = partial(self.predictor.challenger, prepared, trial.described)
-        same = trial.described.artifact.view == prepared.view
-        return make() if same else await asyncio.to_thread(make)
+        make = partial(self.predictor.challenger, prepared, version)
+        return make() if version.artifact.view == prepared.view else await asyncio.to_thread(make)
 
     def _log_copied(self, answered: Answered, other: Other) -> None:
         self.intake.predictions(answered.records(other))

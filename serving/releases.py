@@ -30,6 +30,19 @@ def request(
     ``force`` is given with a reason; the journal then names ``by``. Raises ``ReleaseError`` when the registry has no
     such version, or it waits already or is the champion.
     """
+    forced = may_answer(usecase, version, force=force, reason=reason, database=database, registry=registry)
+    payload = {
+        "requested_by": by,
+        "reason": reason,
+        "forced": forced,
+        "policy": policy and policy.model_dump(mode="json"),
+    }
+    if not database.request_release(usecase, version, payload, clock.now(), again=True):
+        raise ReleaseError(f"version {version} of {usecase!r} waits for its release already")
+
+
+def may_answer(usecase: str, version: str, *, force: bool, reason: str, database: Database, registry: Registry) -> bool:
+    """Whether a version may answer only because it is forced; ``ReleaseError`` when it may not, see ``request``."""
     try:
         found = registry.version(usecase, version)
     except RegistryError as error:
@@ -43,11 +56,4 @@ def request(
         )
     if not found.gates_passed and not reason.strip():
         raise ReleaseError(f"forcing version {version} of {usecase!r} past its gates needs a reason, for the journal")
-    payload = {
-        "requested_by": by,
-        "reason": reason,
-        "forced": not found.gates_passed,
-        "policy": policy and policy.model_dump(mode="json"),
-    }
-    if not database.request_release(usecase, version, payload, clock.now(), again=True):
-        raise ReleaseError(f"version {version} of {usecase!r} waits for its release already")
+    return not found.gates_passed

@@ -38,10 +38,36 @@ class Challenger(BaseModel):
     harm_cap: int
 
 
+class Share(BaseModel):
+    """A version of an A/B test has the units whose place lies between the ``upto`` before it, or 0, and its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    upto: float = Field(gt=0, lt=1)
+
+
+class Split(BaseModel):
+    """An A/B test, and how gateways go about it; see ``ABTest`` for the limits.
+
+    The champion has the units whose place lies above every ``upto``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    test: int
+    salt: str
+    by_entity: bool
+    shares: tuple[Share, ...]
+    deadline_ms: float
+    harm_cap: int
+
+
 class RoutingTable(BaseModel):
     """What every gateway of a use case follows. ``epoch`` orders tables; an older one is never applied.
 
-    ``previous`` is kept warm. ``prepare`` is to be loaded and warmed, because it will be champion next.
+    ``previous`` is kept warm. ``prepare`` is to be loaded and warmed, because it will be champion next. There is never
+    both a ``challenger`` and a ``split``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +77,21 @@ class RoutingTable(BaseModel):
     previous: str | None = None
     prepare: str | None = None
     challenger: Challenger | None = None
+    split: Split | None = None
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """The versions that are tried beside the champion."""
+        if self.split is not None:
+            return tuple(share.version for share in self.split.shares)
+        return (self.challenger.version,) if self.challenger is not None else ()
+
+    @property
+    def number(self) -> int | None:
+        """The number of the rollout or A/B test that is under way."""
+        if self.split is not None:
+            return self.split.test
+        return self.challenger.rollout if self.challenger is not None else None
 
     @property
     def versions(self) -> frozenset[str]:
@@ -84,3 +125,8 @@ def place(key: str, salt: str) -> float:
     version it had.
     """
     return xxhash.xxh3_64_intdigest(f"{salt}\x00{key}".encode()) / 2.0**64
+
+
+def digest(entity: str, salt: str) -> int:
+    """A name for an entity in reports, of 53 bits: whole numbers up to there are the same in every reader of JSON."""
+    return xxhash.xxh3_64_intdigest(f"{salt}/unit\x00{entity}".encode()) >> 11

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.rollout.evidence import Report, Units, What
 
 _REPORT_SHARE, _LONGEST_S = 0.01, 60.0
+_KEYS_REMEMBERED = 10_000
 _EXPOSED_ENTITIES = 20_000  # that a gateway names in a step: more would fill the journal and tell no more
+
+
+class Keys:
+    """The idempotency keys that callers sent lately."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[str, None] = OrderedDict()
+
+    def first_seen(self, key: str) -> bool:
+        """False for a key that was sent before."""
+        if key in self._seen:
+            return False
+        self._seen[key] = None
+        if len(self._seen) > _KEYS_REMEMBERED:
+            self._seen.popitem(last=False)
+        return True
 
 
 class Tally:
@@ -64,6 +82,8 @@ class Tally:
                     served=counts.served,
                     harmed=counts.harmed,
                     accidents=counts.accidents,
+                    arms=tuple(counts.arms),
+                    members=tuple(map(tuple, counts.members)),
                 )
             return self._waiting
 
@@ -92,6 +112,8 @@ class Counts:
     served: int = 0
     harmed: int = 0
     accidents: int = 0
+    arms: list[int] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
     empty: bool = True
 
     @property

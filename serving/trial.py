@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
 from pipelines.training.artifact import Prediction
 from serving.answers import Other, Prepared
-from serving.challenger import Reply
-from serving.routing import Challenger, place
-from serving.runner import DescribedVersion, LoadedVersion, Rows
-from serving.tally import Counts, Event, Tally, count
+from serving.routing import Challenger, digest, place
+from serving.runner import Rows
+from serving.tally import Counts, Event, Keys, Tally, count
+from serving.way import Allowed, Ask, Described, Got, RowsOf, put, within
 
 COIN = 0.5
 """Share at which a copied request is counted as the challenger's; the other half counts as the champion's."""
 _COPIES_AT_ONCE = 16
-_KEYS_REMEMBERED = 10_000
-_NAME_SHIFT = 11  # whole numbers of up to 53 bits are the same in every reader of JSON
-
-
-class Ask(Protocol):
-    """A way to a challenger (``serving.challenger.Asker.ask``)."""
-
-    def __call__(self, rows: Rows) -> Coroutine[Any, Any, Reply]:
-        """Its answers, or whatever error it had."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -44,13 +31,13 @@ class Asked:
 
     It came at ``began`` (seconds of ``time.perf_counter``). ``key`` places it in the split. ``counted`` is False for a
     request that must not be evidence (a repetition); ``forced`` is one whose version its caller chose: nothing of it is
-    counted, not even harm. ``tried`` makes the instances as the challenger is to have them, by the view of its own.
+    counted, not even harm. ``rows_of`` makes the instances as another version is to have them.
     """
 
     key: str
     counted: bool
     prepared: Prepared
-    tried: Callable[[], Awaitable[Prepared]]
+    rows_of: RowsOf
     champion: Prediction
     champion_s: float
     began: float
@@ -74,15 +61,6 @@ class Chosen:
     tried: Prepared | None
 
 
-@dataclass(frozen=True)
-class _Got:
-    """What a challenger gave, None when it failed, and of what; ``late`` when it gave nothing in time."""
-
-    reply: Reply | None
-    tried: Prepared | None = None
-    late: bool = False
-
-
 class Trial:
     """A challenger as this gateway tries it. ``follow`` changes its weight; everything else stays for the rollout."""
 
@@ -92,23 +70,23 @@ class Trial:
         ask: Ask,
         slow_s: float,
         tally: Tally,
-        allowed: tuple[float, float],
+        allowed: Allowed,
         champion: str,
-        described: DescribedVersion | LoadedVersion,
+        described: Described,
     ) -> None:
         """``champion`` is the version it is compared with, ``described`` says how its own rows are made. A call that
-        takes longer than ``slow_s`` is slow. ``allowed`` are the lowest and the highest answer of the contract.
+        takes longer than ``slow_s`` is slow.
         """
         self.challenger = challenger
         self.described = described
         self._ask = ask
         self._slow_s = slow_s
         self._tally = tally
-        self._low, self._high = allowed
+        self._allowed = allowed
         self._champion = champion
         self._accidents = 0
         self._copies: set[asyncio.Task[None]] = set()
-        self._keys: OrderedDict[str, None] = OrderedDict()
+        self._keys = Keys()
         self._named: dict[str, set[int]] = {}
 
     def follow(self, challenger: Challenger) -> None:
@@ -142,14 +120,14 @@ class Trial:
         taken = np.zeros(len(assigned), dtype=bool)
         if reply is not None and tried is not None:
             # What the champion's ladder refuses is refused for every version, and the challenger's own one for itself.
-            taken[rows] = self._valid(reply.prediction) & prepared.usable[rows] & tried.usable[rows]
+            taken[rows] = self._allowed.valid(reply.prediction) & prepared.usable[rows] & tried.usable[rows]
         merged = _merge(champion, got, rows, taken, self._champion)
         if asked.forced:
             return merged
         harmed = int((assigned & ~taken & prepared.usable).sum())
         self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
-        failed = not (taken[0] or got.late) if first else not bool(self._valid(champion)[0])
+        failed = not (taken[0] or got.late) if first else not bool(self._allowed.valid(champion)[0])
         took = asked.champion_s if not first else reply.seconds if reply is not None else None
         event = self._event(asked, weight, challenger=first, failed=failed, took=took)
 
@@ -166,7 +144,7 @@ class Trial:
     def count_champion(self, asked: Asked, weight: float) -> None:
         """Counts a request that the split left to the champion, at that ``weight``."""
         if asked.evident:
-            failed = not bool(self._valid(asked.champion)[0])
+            failed = not bool(self._allowed.valid(asked.champion)[0])
             event = self._event(asked, weight, challenger=False, failed=failed, took=asked.champion_s)
             self._tally.add(self.challenger.rollout, lambda counts: self._judge(counts, asked, event))
 
@@ -189,8 +167,7 @@ class Trial:
 
     def _judge(self, counts: Counts, asked: Asked, event: Event) -> None:
         if self.challenger.by_entity:
-            name = f"{self.challenger.salt}/unit\x00{asked.prepared.entities[0]}"
-            event.name(counts, xxhash.xxh3_64_intdigest(name.encode()) >> _NAME_SHIFT, self._named)
+            event.name(counts, digest(asked.prepared.entities[0], self.challenger.salt), self._named)
         else:
             event.count(counts)
 
@@ -212,7 +189,7 @@ class Trial:
         nothing = np.full(len(prepared.usable), np.nan)
         valid = np.zeros(len(nothing), dtype=bool)
         if reply is not None and tried is not None:
-            valid = self._valid(reply.prediction) & prepared.usable & tried.usable
+            valid = self._allowed.valid(reply.prediction) & prepared.usable & tried.usable
         if asked.evident:
             self._count_copy(asked, got, bool(valid[0]))
         if reply is None:
@@ -223,13 +200,13 @@ class Trial:
             )
             done(Other(value, lower, upper, challenger.version))
 
-    def _count_copy(self, asked: Asked, got: _Got, valid: bool) -> None:
+    def _count_copy(self, asked: Asked, got: Got, valid: bool) -> None:
         challenger, champion, reply = self.challenger, asked.champion, got.reply
         # Each copied request is counted for one of the two versions, by a coin: the tests assume that an event
         # belongs to one of them, and a request that fails in both must not count twice.
         coin = place(asked.key, f"{challenger.salt}/coin") < COIN
         in_shadow = challenger.weight <= 0  # later the assigned requests are the evidence
-        fine = bool(self._valid(champion)[0])
+        fine = bool(self._allowed.valid(champion)[0])
         copied = not (valid or got.late), reply.seconds if reply is not None else None
         answered = not fine, asked.champion_s
         on_trial, other = (answered, copied) if challenger.watch else (copied, answered)
@@ -252,59 +229,13 @@ class Trial:
 
     def first_seen(self, key: str) -> bool:
         """False for a key that a caller sent before: the answer may be repeated, its evidence may not."""
-        if key in self._keys:
-            return False
-        self._keys[key] = None
-        if len(self._keys) > _KEYS_REMEMBERED:
-            self._keys.popitem(last=False)
-        return True
+        return self._keys.first_seen(key)
 
-    async def _within_deadline(self, asked: Asked, of: Callable[[Prepared], Rows]) -> _Got:
-        """The challenger's reply to the rows ``of`` what it is to have, if one comes in time and in form.
-
-        The deadline is for making these too: a view of its own may be slow, or its state away.
-
-        A late one is harm, but no evidence of errors: the way to a process of its own and a busy machine would be held
-        against a version that is as good as the champion, which has no such way.
-        """
-
-        async def work() -> tuple[Prepared, Rows, Reply]:
-            tried = await asked.tried()
-            rows = of(tried)
-            return tried, rows, await self._ask(rows)
-
-        deadline_s = self.challenger.deadline_ms / 1e3
-        try:
-            tried, rows, found = await asyncio.wait_for(work(), deadline_s)
-            value, lower, upper = (
-                np.asarray(answer, dtype=np.float64) for answer in (found.value, found.lower, found.upper)
-            )
-            reply = Reply(value, lower, upper, float(found.seconds))
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise  # the caller went away
-            return _Got(None)
-        except TimeoutError:
-            return _Got(None, late=True)
-        except Exception:  # noqa: BLE001 — whatever a challenger raises or answers is its failure, and counted as one
-            return _Got(None)
-        return _Got(reply if value.shape == lower.shape == upper.shape == (rows.count,) else None, tried)
-
-    def _valid(self, found: Prediction) -> np.ndarray:
-        """bool [n]: answers that the output's contract allows, inside an interval with two ends."""
-        with np.errstate(invalid="ignore"):
-            ordered = (found.lower <= found.value) & (found.value <= found.upper)
-            ended = np.isfinite(found.lower) & np.isfinite(found.upper)
-            allowed: np.ndarray = ordered & ended & (found.value >= self._low) & (found.value <= self._high)
-        return allowed
+    async def _within_deadline(self, asked: Asked, of: Callable[[Prepared], Rows]) -> Got:
+        return await within(self.challenger.deadline_ms / 1e3, self._ask, self.described, asked.rows_of, of)
 
 
-def _merge(champion: Prediction, got: _Got, rows: np.ndarray, taken: np.ndarray, version: str) -> Chosen:
-    said = (champion.value, champion.lower, champion.upper)
-    answers = [series.copy() for series in said]
-    if (reply := got.reply) is not None:
-        good = taken[rows]
-        for into, given in zip(answers, (reply.value, reply.lower, reply.upper), strict=True):
-            into[rows[good]] = given[good]
-    value, lower, upper = (np.where(taken, series, np.nan) for series in said)
-    return Chosen(Prediction(*answers), taken, Other(value, lower, upper, version), got.tried)
+def _merge(champion: Prediction, got: Got, rows: np.ndarray, taken: np.ndarray, version: str) -> Chosen:
+    merged = champion if got.reply is None else put(champion, rows, taken[rows], got.reply)
+    value, lower, upper = (np.where(taken, said, np.nan) for said in (champion.value, champion.lower, champion.upper))
+    return Chosen(merged, taken, Other(value, lower, upper, version), got.tried)

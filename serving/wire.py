@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.spec.abtest import ABTest
 from pipelines.spec.release import ReleasePolicy
 
 Variant = Literal["champion", "challenger"]
@@ -166,6 +167,7 @@ class RolloutStatus(BaseModel):
     champion: str | None
     previous: str | None
     challenger: str | None
+    variants: list[str] = Field(default=[], description="the versions of an A/B test beside the champion")
     rollout: int
     step: int
     weight: float
@@ -177,6 +179,61 @@ class RolloutStatus(BaseModel):
     verdict: str | None = None
     reason: str | None = None
     waiting: list[str] = Field(default=[], description="versions whose release was asked for and not begun")
+
+
+class ABTestStart(_Request):
+    """An A/B test of versions that passed their gates; ``force`` passes over those that did not, and needs a reason."""
+
+    test: ABTest
+    force: bool = False
+    reason: str = Field(default="", max_length=500)
+
+
+class Comparison(BaseModel):
+    """A variant of an A/B test against the champion: by how much the means of their units differ, and between what.
+
+    ``finding`` is better, worse or open. What is not known yet is null.
+    """
+
+    version: str
+    units: int
+    mean: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    finding: str
+
+
+class SampleRatio(BaseModel):
+    """Evidence that units were not assigned by their shares; the test pauses when ``log_e`` reaches ``threshold``."""
+
+    log_e: float | None
+    threshold: float | None
+
+
+class ABTestStatus(BaseModel):
+    """Where the last A/B test stands. Moments are microseconds since the Unix epoch; ``assigned`` counts units by
+    version, the champion's first, and ``accidents`` the requests in which the champion had to answer for a variant.
+    """
+
+    test: int
+    definition: dict[str, Any]
+    running: bool
+    paused: bool
+    champion: str
+    champion_units: int
+    champion_mean: float | None
+    variants: list[Comparison]
+    sample_ratio: SampleRatio
+    outcome: str | None
+    winner: str | None
+    started_us: int
+    at_us: int | None = Field(description="when outcomes were last read")
+    assigned: list[int]
+    served: int
+    harmed: int
+    accidents: int
+    reason: str | None = None
 
 
 class LogStatus(BaseModel):

@@ -50,6 +50,8 @@ SERVED_SCHEMA = pa.schema(
         ("other_value", pa.float64()),
         ("other_lower", pa.float64()),
         ("other_upper", pa.float64()),
+        ("test", pa.int64()),
+        ("assigned", pa.string()),
     ]
 )
 """One row per answer. ``_time`` is the clock's time at which features were read, ``inputs`` a JSON object of
@@ -57,7 +59,8 @@ the view's inputs, ``stored`` and ``status`` the state's vector in the order of 
 the model's columns in the order of ``model.numeric``, ``sequence`` and ``generation`` the state they were
 read from, ``others`` the generation and the sequence of each state beside it (``Read.others``), ``view`` its
 fingerprint. While a version is being tried, the ``other`` columns are what the version that did not answer made of
-the same instance."""
+the same instance. ``test`` is the number of the A/B test that the instance is a part of, ``assigned`` the version that
+it was assigned to, which may have failed to answer; both are null outside of tests and in tables from before them."""
 
 OUTCOME_SCHEMA = pa.schema([("prediction_id", pa.string()), ("value", pa.float64()), ("at", INSTANT)])
 """One row per outcome that a caller reported; ``at`` is when it became known."""

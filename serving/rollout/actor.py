@@ -31,10 +31,11 @@ from cluster.session import NAMESPACE
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
-from pipelines.spec import UseCase
+from pipelines.spec import ABTest, UseCase
 from pipelines.spec.base import DAY_US, microseconds
 from pipelines.training.artifact import ArtifactError
 from pipelines.training.registry import Registry, RegistryError
+from pipelines.validation.arms import read_arms
 from pipelines.validation.paired import complete_days, paired_days
 from serving.rollout import audits
 from serving.rollout.controller import Controller
@@ -68,7 +69,7 @@ class RolloutActor:
         # Nothing here may fail: Ray does not start an actor again whose constructor raised.
         self._usecase = usecase
         self._made: Controller | None = None
-        for work in (self._turn, self._read_labels, self._show, self._audit, self._notify):
+        for work in (self._turn, self._read_labels, self._read_results, self._show, self._audit, self._notify):
             threading.Thread(target=self._ending_with_the_process, args=(work,), daemon=True).start()
 
     def exchange(self, *arguments: Any) -> dict[str, Any] | None:
@@ -78,6 +79,10 @@ class RolloutActor:
     def command(self, name: str, by: str, reason: str) -> None:
         """``Controller.command``."""
         self._controller.command(name, by, reason)
+
+    def start_test(self, test: dict[str, Any], by: str, reason: str) -> None:
+        """``Controller.start_test``."""
+        self._controller.start_test(ABTest.model_validate(test), by, reason)
 
     def ping(self) -> None:
         """Answers as soon as the process is there."""
@@ -107,7 +112,7 @@ class RolloutActor:
         while True:
             try:
                 if self._made is None:
-                    world = ServeWorld(parts.use_case, parts.settings, parts.database, parts.alerts)
+                    world = ServeWorld(parts.use_case, parts.settings, parts.database, parts.alerts, parts.clock)
                     self._made = Controller(parts.use_case, Journal(parts.database, self._usecase), world, parts.clock)
                 self._made.turn()
                 if not told:  # by this process: an earlier one may have opened the alert
@@ -159,6 +164,27 @@ class RolloutActor:
             except (*_OUTSIDE, DeltaError) as error:
                 logger.warning("the outcomes of %s could not be read: %s", self._usecase, error)
 
+    def _read_results(self) -> None:
+        """The arms of an A/B test by the outcomes so far, every hundredth of the time that it has lasted."""
+        parts, pause, read = self._parts(), threading.Event(), (0, 0)
+        while not pause.wait(_LABELS_S):
+            situation = self._made.situation if self._made is not None else Situation()
+            state, began = situation.state, situation.evidence.started_us
+            now = parts.clock.now()
+            number, last = read
+            if state.phase is not Phase.TESTING or (number == state.rollout and (now - last) * 100 < last - began):
+                continue
+            try:
+                arms = read_arms(parts.use_case, parts.tables, situation.test, state.rollout, began)
+                self._controller.take_results(state.rollout, arms)
+                read = state.rollout, now
+            except (StaleEpoch, StaleJournal):
+                continue
+            except ValidationError:
+                continue  # the controller ends a test that does not fit
+            except (*_OUTSIDE, DeltaError) as error:
+                logger.warning("the results of an A/B test of %s could not be read: %s", self._usecase, error)
+
     def _show(self) -> None:
         """Keeps MLflow's aliases and this node's copy of a new version up to date. Nothing waits for either."""
         from mlflow.exceptions import MlflowException
@@ -173,10 +199,10 @@ class RolloutActor:
                 continue
             try:
                 registry = registry or Registry(parts.settings)
-                if state.phase is Phase.STARTING and state.challenger is not None:
+                if state.phase in (Phase.STARTING, Phase.TESTING):
                     # MLflow is imported here already; a replica on this node is spared that, and so is the question
-                    # which views the two answer from.
-                    for version in filter(None, (state.challenger, state.champion)):
+                    # which views they answer from.
+                    for version in filter(None, (*state.applications, state.champion)):
                         registry.download(self._usecase, version, parts.settings.cache_dir / "models")
                 registry.show_aliases(self._usecase, wanted)
                 parts.alerts.resolve(REGISTRY_ALERT, self._usecase, "the registry takes aliases again")

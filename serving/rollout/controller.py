@@ -19,12 +19,14 @@ from pydantic import ValidationError
 
 from cluster.clock import Clock
 from cluster.database import ReleaseRequest, StaleEpoch, StaleJournal
-from pipelines.spec import ReleasePolicy, UseCase
+from pipelines.spec import ABTest, ReleasePolicy, UseCase
+from pipelines.validation.arms import Arm
 from pipelines.validation.paired import PairedDay
+from serving.rollout import comparison
 from serving.rollout.evidence import Report, Skew
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import Action, Verdict, judge
-from serving.rollout.machine import Effect, Kind, NotAllowed, Phase, State, required
+from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required
 from serving.rollout.projections import WAITING, alerts, document, finite
 from serving.rollout.world import Standing, World
 
@@ -53,7 +55,8 @@ class _Seen:
 
     ``looked`` is when something was last asked of it, ``absent`` since when the challenger's application is gone,
     ``told`` when the table without the challenger was first seen in force, and ``unrouted_s`` how long after the
-    decision nobody asked it any more. ``waiting`` is what a challenger that runs was last said to wait for.
+    decision nobody asked it any more. ``waiting`` is what a challenger that runs was last said to wait for. ``ran``:
+    all variants of a test were seen to run.
     """
 
     entered: float
@@ -62,6 +65,7 @@ class _Seen:
     told: float | None = None
     unrouted_s: float | None = None
     waiting: str | None = None
+    ran: bool = False
 
 
 class Controller:
@@ -132,6 +136,34 @@ class Controller:
             self._record(COMMANDS[name], {"by": by, "reason": reason})
             self._changed.notify_all()  # the next turn does what follows
 
+    def start_test(self, test: ABTest, by: str, reason: str) -> None:
+        """Begins an A/B test; raises ``NotAllowed`` while anything else is being tried, or without a champion."""
+        with self._lock:
+            if self.state.champion in test.versions:
+                raise NotAllowed(f"version {self.state.champion} is the champion: it is part of every test")
+            self._record(
+                Kind.TEST_STARTED,
+                {
+                    "test": test.model_dump(mode="json"),
+                    "champion": self.state.champion,
+                    "salt": self._draw(),
+                    "by": by,
+                    "reason": reason,
+                },
+            )
+            self._changed.notify_all()
+
+    def take_results(self, rollout: int, arms: tuple[Arm, ...]) -> None:
+        """The arms of an A/B test by the outcomes known now; they are journalled, and what follows is decided."""
+        with self._lock:
+            if self.state.phase is not Phase.TESTING or self.state.rollout != rollout:
+                return
+            known = self.situation.evidence.results
+            if arms and (not known or known[-1].arms != arms):
+                payload = {"at_us": self._clock.now(), "arms": [asdict(arm) for arm in arms]}
+                self._record(Kind.TEST_RESULTS, payload)
+            self._judge()
+
     def take_labels(self, rollout: int, days: tuple[PairedDay, ...]) -> None:
         """The complete days of a rollout with matured outcomes; known ones are not counted again."""
         with self._lock:
@@ -187,13 +219,15 @@ class Controller:
         if report.rollout > self.state.rollout:
             self._reread()
             raise StaleJournal(f"gateway {report.gateway} is in rollout {report.rollout}: the journal was read again")
-        if report.rollout < self.state.rollout or not (self.state.judged or self.state.phase is Phase.WITHDRAWING):
+        if report.rollout < self.state.rollout or not self.state.counted:
             return  # counted for a rollout that is over
         if self.situation.evidence.is_next(report):
             self._record(Kind.EVIDENCE, report.model_dump(mode="json"))
         self._judge()  # a repeated one too: a controller that was killed after it had journalled it decided nothing
 
     def _judge(self) -> None:
+        if self.state.phase is Phase.TESTING:
+            self._judge_test()
         if not self.state.judged:
             return
         situation = self.situation
@@ -202,16 +236,34 @@ class Controller:
             self._record(DECIDED[verdict.action], _payload(verdict, situation))
             self._route()
 
+    def _judge_test(self) -> None:
+        situation = self.situation
+        found = comparison.verdict(
+            situation.test, situation.tested or "", self.state.paused, situation.evidence, self._clock.now()
+        )
+        if found.outcome is not None:
+            self._end_test(found.outcome, found.reason, found.winner)
+        elif found.pause:
+            self._record(Kind.PAUSED, {"guardrail": "sample_ratio", "reason": found.reason})
+            self._route()
+
+    def _end_test(self, outcome: Outcome, reason: str, winner: str | None = None) -> None:
+        self._record(Kind.TEST_ENDED, {"outcome": outcome, "winner": winner, "reason": reason})
+        self._route()
+
     def _refuse_unknown_policy(self) -> None:
-        """Ends a trial, or a watch, whose policy, journalled by other code, is none to this code."""
-        if not (self.state.judged or self.state.phase is Phase.STARTING):
+        """Ends a trial, a watch or a test that other code journalled with what is no policy, or test, to this code."""
+        if not (self.state.judged or self.state.phase in (Phase.STARTING, Phase.TESTING)):
             return
         try:
-            _ = self.situation.policy
+            _ = self.situation.test if self.state.test else self.situation.policy
         except ValidationError as error:
-            reason = f"the policy it was started with does not fit this code: {error.errors()[0]['msg']}"
-            watched = self.state.phase is Phase.WATCHING
-            self._record(Kind.CONFIRMED if watched else Kind.FAILED, {"reason": reason})
+            reason = f"what it was started with does not fit this code: {error.errors()[0]['msg']}"
+            if self.state.phase is Phase.TESTING:
+                self._record(Kind.TEST_ENDED, {"outcome": Outcome.LOST, "winner": None, "reason": reason})
+            else:
+                watched = self.state.phase is Phase.WATCHING
+                self._record(Kind.CONFIRMED if watched else Kind.FAILED, {"reason": reason})
 
     def _perform(self) -> None:
         state = self.state
@@ -222,7 +274,8 @@ class Controller:
                 case Effect.ROUTE:
                     self._route()
                 case Effect.DEPLOY:
-                    self._world.deploy(state.challenger or "")
+                    for version in state.applications:
+                        self._world.deploy(version)
                 case Effect.CLOSE:
                     if state.ended is not None and state.outcome is not None:
                         self._world.close(state.ended, state.outcome, state.request)
@@ -255,6 +308,8 @@ class Controller:
                 self._observe_trial(state)
             case Phase.PROMOTING:
                 self._observe_promotion(state)
+            case Phase.TESTING:
+                self._observe_test(state)
             case Phase.WITHDRAWING:
                 self._observe_withdrawal(state)
 
@@ -341,14 +396,44 @@ class Controller:
     def _observe_trial(self, state: State) -> None:
         if not self._due(_LOOK_EVERY_S) or self._superseded(state):
             return
-        if self._world.standing(state.challenger or "")[0] is not Standing.ABSENT:
-            self._seen.absent = None
+        if self._gone_for_good(state):
+            self._record(Kind.FAILED, {"reason": "its application is gone and does not come back"})
+
+    def _observe_test(self, state: State) -> None:
+        if not self._due(_LOOK_EVERY_S):
             return
+        if not self._seen.ran and not self._run(state):
+            return
+        self._seen.ran = True
+        if self._gone_for_good(state):
+            self._end_test(Outcome.LOST, "an application of a variant is gone and does not come back")
+
+    def _run(self, state: State) -> bool:
+        """Whether all variants run, with the state that they answer from; ends a test in which one does not."""
+        for version in state.variants:
+            standing, why = self._world.standing(version)
+            if standing is Standing.FAILED:
+                self._end_test(Outcome.LOST, f"version {version} does not run: {why}")
+                return False
+            if standing is Standing.RUNNING:
+                lacking = self._world.lacking(state.champion or "", version)
+                if lacking is None:
+                    continue
+                why = lacking
+            if self._since_entered() > START_TIMEOUT_S:
+                self._end_test(Outcome.LOST, f"version {version} did not run within {START_TIMEOUT_S:g} s: {why}")
+            return False
+        return True
+
+    def _gone_for_good(self, state: State) -> bool:
+        """Whether an application that had been deployed has been absent for too long, although it is deployed again."""
+        if all(self._world.standing(version)[0] is not Standing.ABSENT for version in state.applications):
+            self._seen.absent = None
+            return False
         # The whole cluster may have been started anew, which is no fault of the version.
         self._made_true = None
         self._seen.absent = self._seen.absent or self._real()
-        if self._real() - self._seen.absent > START_TIMEOUT_S:
-            self._record(Kind.FAILED, {"reason": "its application is gone and does not come back"})
+        return self._real() - self._seen.absent > START_TIMEOUT_S
 
     def _observe_promotion(self, state: State) -> None:
         live = self._world.gateways()
@@ -360,7 +445,7 @@ class Controller:
             self._record(Kind.FAILED, {"reason": reason})
 
     def _observe_withdrawal(self, state: State) -> None:
-        if self.table is not None and self.table.challenger is not None:
+        if self.table is not None and self.table.tried:
             return  # the table without it could not be put in force yet: it is still being asked
         if self._seen.told is None:
             self._seen.told = self._real()
@@ -372,16 +457,21 @@ class Controller:
             self._seen.unrouted_s = self._since_entered()
             self._applied = {gateway: self._applied.get(gateway, 0) for gateway in live}
             self._prepared = {gateway: self._prepared.get(gateway, set()) for gateway in live}
-        if self._world.standing(state.challenger or "")[0] is Standing.ABSENT:
+        left = [v for v in state.applications if self._world.standing(v)[0] is not Standing.ABSENT]
+        if not left:
+            if state.outcome is Outcome.WON and state.ended is not None:
+                # As long as this is not journalled no request is looked at, so that asking again asks for nothing more.
+                self._world.ask(state.ended, f"it won A/B test {state.rollout}")
             self._record(
                 Kind.WITHDRAWN, {"zero_weight_s": round(self._seen.unrouted_s, 4), "watch": self._is_to_be_watched()}
             )
         elif self._due(_LOOK_EVERY_S):
-            self._world.withdraw(state.challenger or "")
+            for version in left:
+                self._world.withdraw(version)
 
     def _is_to_be_watched(self) -> bool:
         try:
-            return self.situation.policy.watch is not None
+            return not self.state.test and self.situation.policy.watch is not None
         except ValidationError:
             return False
 

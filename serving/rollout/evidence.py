@@ -1,4 +1,5 @@
-"""What is known of a challenger so far: counters of gateways, losses on matured outcomes by day, and feature skew.
+"""What is known of a challenger so far, or of the arms of an A/B test: counters of gateways, losses on matured outcomes
+by day, results by arm, and feature skew.
 
 Evidence only ever grows by journalled reports and is never edited, so a replayed journal gives the same evidence.
 """
@@ -7,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
+from pipelines.statistics.asymptotic import Sample
+from pipelines.validation.arms import Arm
 from pipelines.validation.paired import PairedDay
 
 Counts = dict[float, tuple[int, int]]
@@ -18,7 +22,7 @@ What = Literal["exposed", "errors", "slow", "over"]
 Units = dict[float, tuple[list[int], list[int]]]
 """Digests of entities by the challenger's share at assignment: the challenger's, the champion's."""
 _NAMED = 5  # features that a sentence names
-_EVER = "canary"
+_EVER, _ARMS = "canary", "arms"
 
 
 class Report(BaseModel):
@@ -35,6 +39,9 @@ class Report(BaseModel):
 
     Where entities are assigned, these four counters are empty and ``units`` tells of which entities they would be, each
     as soon as this gateway sees it; that several gateways see one is noticed where they come together.
+
+    In an A/B test ``arms`` are the requests that were assigned to each arm, the champion's first, or ``members`` the
+    digests of entities that were; ``served``, ``harmed`` and ``accidents`` are those of all variants.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +61,8 @@ class Report(BaseModel):
     served: NonNegativeInt = 0
     harmed: NonNegativeInt = 0
     accidents: NonNegativeInt = 0
+    arms: tuple[NonNegativeInt, ...] = ()
+    members: tuple[tuple[int, ...], ...] = ()
 
 
 class Skew(BaseModel):
@@ -75,10 +84,18 @@ class Skew(BaseModel):
 
 
 @dataclass(frozen=True)
+class Results:
+    """The arms of an A/B test as they were known at a moment, in microseconds."""
+
+    at_us: int
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All of it; moments in microseconds. What pauses a rollout is kept since somebody last resumed it: ``ratio``
-    (``exposed`` since then), ``seen`` with ``degraded``, and the last ``skew`` that was found. ``known`` are the
-    entities that were counted, by what for.
+    (``exposed`` since then), ``arms``, ``seen`` with ``degraded``, and the last ``skew`` that was found. ``known`` are
+    the entities that were counted, by what for. ``results`` of an A/B test are in the order of time.
     """
 
     exposed: Counts = field(default_factory=dict)
@@ -99,6 +116,8 @@ class Evidence:
     stage_us: int = 0
     sequences: Mapping[str, int] = field(default_factory=dict)
     known: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    arms: tuple[int, ...] = ()
+    results: tuple[Results, ...] = ()
 
     def with_report(self, report: Report) -> Evidence:
         """With one more report, which must be the gateway's next (see ``is_next``)."""
@@ -111,6 +130,7 @@ class Evidence:
             slow=_sum(_sum(self.slow, report.slow), named.events(report.units, "slow")),
             over=_sum(_sum(self.over, report.over), over),
             ratio=_sum(_sum(self.ratio, report.exposed), first),
+            arms=_longer_sum(_longer_sum(self.arms, report.arms), named.members(report.members)),
             seen=self.seen + report.seen,
             degraded=self.degraded + report.degraded,
             copies=self.copies + report.copies,
@@ -144,7 +164,7 @@ class Evidence:
 
     def resumed(self) -> Evidence:
         """Without what pauses a rollout: whoever resumes it has looked at that. Its tests begin anew."""
-        return replace(self, ratio={}, skew=None, seen=0, degraded=0)
+        return replace(self, ratio={}, arms=(), skew=None, seen=0, degraded=0)
 
     @property
     def entities(self) -> int:
@@ -184,6 +204,17 @@ class _Named:
         new = {weight: self._new(kind, pair) for weight, pair in units.get(kind, {}).items()}
         return {weight: (len(challenger), len(champion)) for weight, (challenger, champion) in new.items()}
 
+    def members(self, arms: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        """How many entities of each arm were not seen before."""
+        had, counts = self.known.get(_ARMS, frozenset()), []
+        for given in arms:
+            new = set(given) - had
+            counts.append(len(new))
+            had |= new
+        if arms:
+            self.known[_ARMS] = had
+        return tuple(counts)
+
     def _new(self, name: str, pair: tuple[Iterable[int], Iterable[int]]) -> tuple[set[int], set[int]]:
         had = self.known.get(name, frozenset())
         challenger, champion = (set(side) - had for side in pair)
@@ -194,6 +225,16 @@ class _Named:
 def days_of(payload: Any) -> tuple[PairedDay, ...]:
     """The days of a journalled ``labels`` event."""
     return tuple(PairedDay(**day) for day in payload["days"])
+
+
+def results_of(payload: Any) -> Results:
+    """The results of a journalled ``test_results`` event."""
+    arms = (Arm(arm["version"], arm["predictions"], Sample(**arm["sample"])) for arm in payload["arms"])
+    return Results(payload["at_us"], tuple(arms))
+
+
+def _longer_sum(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
 
 
 def _sum(left: Counts, right: Counts) -> Counts:

@@ -11,37 +11,50 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.database import Database, JournalEntry
-from pipelines.spec import ReleasePolicy
-from serving.rollout.evidence import Evidence, Report, Skew, days_of
+from pipelines.spec import ABTest, ReleasePolicy
+from serving.rollout.evidence import Evidence, Report, Skew, days_of, results_of
 from serving.rollout.machine import Kind, Phase, State, restored, snapshot, step
 
 
 @dataclass(frozen=True)
 class Situation:
-    """Everything that follows from the journal: the state, its evidence, and the policy it is held to.
+    """Everything that follows from the journal: the state, its evidence, and what it is held to.
 
-    ``sequence`` is that of the last entry. ``fields`` are the policy as journalled: it is read when it is needed, so
-    that one of long ago, which the present code may not know, stands in nobody's way.
+    ``sequence`` is that of the last entry. ``fields`` are the policy of a rollout, or the definition of an A/B test, as
+    journalled: it is read when it is needed, so that one of long ago, which the present code may not know, stands in
+    nobody's way. ``tested`` is the version that was champion when the test began.
     """
 
     state: State = field(default_factory=State)
     evidence: Evidence = field(default_factory=Evidence)
     fields: Mapping[str, Any] = field(default_factory=dict)
     sequence: int = 0
+    tested: str | None = None
 
     @property
     def policy(self) -> ReleasePolicy:
         """The policy of the last rollout that began; raises pydantic's ``ValidationError`` when it no longer fits."""
         return ReleasePolicy.model_validate(self.fields)
 
+    @property
+    def test(self) -> ABTest:
+        """The last A/B test that began; raises pydantic's ``ValidationError`` when it no longer fits."""
+        return ABTest.model_validate(self.fields)
+
     def after(self, entry: JournalEntry) -> Situation:
         """The situation after one more entry; raises ``NotAllowed`` for an event that does not fit."""
         kind, payload = Kind(entry.kind), entry.payload
         state, evidence, fields = step(self.state, kind, payload), self.evidence, self.fields
+        tested = self.tested
         match kind:
             case Kind.STARTED:
-                fields = payload["policy"]
+                fields, tested = payload["policy"], None
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us)
+            case Kind.TEST_STARTED:
+                fields, tested = payload["test"], payload["champion"]
+                evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us)
+            case Kind.TEST_RESULTS:
+                evidence = replace(evidence, results=(*evidence.results, results_of(payload)))
             case Kind.EVIDENCE:
                 evidence = evidence.with_report(Report.model_validate(payload))
             case Kind.LABELS:
@@ -54,7 +67,7 @@ class Situation:
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us, sequences=evidence.sequences)
             case Kind.RESUMED:
                 evidence = evidence.resumed()
-        return Situation(state, evidence, fields, entry.sequence)
+        return Situation(state, evidence, fields, entry.sequence, tested)
 
 
 def replay(entries: Iterable[JournalEntry], before: Situation | None = None) -> Situation:
@@ -77,17 +90,33 @@ class Journal:
         return self._database.journal(self.stream, after=after)
 
     def situation(self, known: Situation | None = None) -> Situation:
-        """The situation now: from ``known`` on, or from where the last rollout began.
+        """The situation now: from ``known`` on, or from where the last rollout or test began.
 
-        The entry that ended the one before keeps the state, so older rollouts need not be replayed.
+        The entry that ended the one before keeps the state, so older ones need not be replayed.
         """
         if known is not None and known.sequence:
             return replay(self.read(known.sequence), known)
-        begun = self._database.last_entry(self.stream, Kind.STARTED.value)
+        began = (self._database.last_entry(self.stream, kind.value) for kind in (Kind.STARTED, Kind.TEST_STARTED))
+        begun = max((entry for entry in began if entry is not None), key=lambda entry: entry.sequence, default=None)
+        before = self._before(begun)
+        return replay(self.read(before.sequence), before)
+
+    def test(self) -> Situation | None:
+        """The situation of the last A/B test: that of now, or that in which it ended; None when there was none."""
+        begun = self._database.last_entry(self.stream, Kind.TEST_STARTED.value)
+        if begun is None:
+            return None
+        situation = self._before(begun)
+        for entry in self.read(situation.sequence):
+            situation = situation.after(entry)
+            if entry.sequence > begun.sequence and situation.state.phase is Phase.IDLE:
+                break
+        return situation
+
+    def _before(self, begun: JournalEntry | None) -> Situation:
+        """A situation from which ``begun``, the beginning of a rollout or test, can be replayed."""
         ended = begun and self._database.last_entry(self.stream, Kind.WITHDRAWN.value, before=begun.sequence)
-        if ended is None:
-            return replay(self.read())
-        return replay(self.read(ended.sequence), Situation(restored(ended.payload["state"]), sequence=ended.sequence))
+        return Situation() if ended is None else Situation(restored(ended.payload["state"]), sequence=ended.sequence)
 
     def append(self, situation: Situation, kind: Kind, payload: dict[str, Any], at_us: int) -> Situation:
         """Writes an event that follows on ``situation`` and returns what follows from it.

@@ -23,6 +23,7 @@ class Phase(StrEnum):
     PROMOTING = "promoting"  # every gateway loads and warms it
     WITHDRAWING = "withdrawing"  # it gets nothing any more and is being taken down
     WATCHING = "watching"  # it was promoted, and the version before it still gets copies
+    TESTING = "testing"  # an A/B test: several versions answer, each its share of the units
 
 
 class Kind(StrEnum):
@@ -49,23 +50,28 @@ class Kind(StrEnum):
     PROMOTED = "promoted"
     WITHDRAWN = "withdrawn"
     CONFIRMED = "confirmed"
+    TEST_STARTED = "test_started"
+    TEST_RESULTS = "test_results"
+    TEST_ENDED = "test_ended"
 
 
 class Outcome(StrEnum):
-    """How a rollout ended."""
+    """How a rollout or an A/B test ended."""
 
     PROMOTED = "promoted"
     ROLLED_BACK = "rolled_back"
     ABORTED = "aborted"
     SUPERSEDED = "superseded"
     INCONCLUSIVE = "inconclusive"
+    WON = "won"  # by a variant, whose release is asked for
+    LOST = "lost"  # no variant is better, or they could not go on
 
 
 class Effect(StrEnum):
     """What the controller does to the world; each may be repeated without harm."""
 
     ROUTE = "route"  # publish the routing table of the state
-    DEPLOY = "deploy"  # have the challenger's application running
+    DEPLOY = "deploy"  # have the applications of the challenger, or of the variants, running
     CLOSE = "close"  # write the outcome into the release request, also into one that was refused
     TELL = "tell"  # have the alerts of the state open, and no others
 
@@ -78,10 +84,12 @@ class NotAllowed(RuntimeError):
 class State:
     """``weights`` are those of the canary steps; ``step`` counts from 0 and is -1 before the first.
 
-    ``rollout`` numbers a use case's rollouts from 1; ``salt`` is drawn for each, so that nobody can choose a key by the
-    version it will find. ``outcome`` and ``ended`` (that version) are of the last one that ended, ``request`` is the
-    release request of the last one that began. ``refused`` is the version whose request ``refused_request`` was refused
-    since then, the last one if there were several. ``reverted`` is a champion that was taken back since then.
+    ``rollout`` numbers a use case's rollouts and A/B tests from 1; ``test`` says that the last one is a test, and
+    ``variants`` are the versions that it has beside the champion, as long as they run. ``salt`` is drawn for each, so
+    that nobody can choose a key by the version it will find. ``outcome`` and ``ended`` (that version, or the winner of
+    a test) are of the last one that ended, ``request`` is the release request of the last one that began. ``refused``
+    is the version whose request ``refused_request`` was refused since then, the last one if there were several.
+    ``reverted`` is a champion that was taken back since then.
     """
 
     phase: Phase = Phase.EMPTY
@@ -100,6 +108,13 @@ class State:
     refused: str | None = None
     refused_request: int | None = None
     reverted: str | None = None
+    test: bool = False
+    variants: tuple[str, ...] = ()
+
+    @property
+    def applications(self) -> tuple[str, ...]:
+        """The versions that have, or had, Serve applications of their own in this phase."""
+        return self.variants if self.test else (self.challenger,) if self.challenger is not None else ()
 
     @property
     def weight(self) -> float:
@@ -115,6 +130,11 @@ class State:
     def judged(self) -> bool:
         """Whether what is counted and what matures is evidence: of the challenger, or of a champion that is watched."""
         return self.tried or self.phase is Phase.WATCHING
+
+    @property
+    def counted(self) -> bool:
+        """Whether what gateways count is taken in; also of what is over, as long as it is being taken down."""
+        return self.judged or self.phase in (Phase.TESTING, Phase.WITHDRAWING)
 
     @property
     def last_step(self) -> bool:
@@ -135,23 +155,34 @@ def _refused(state: State, event: Payload) -> State:
 
 
 def _started(state: State, event: Payload) -> State:
-    return replace(
-        state,
+    return State(
         phase=Phase.STARTING,
+        champion=state.champion,
+        previous=state.previous,
         challenger=event["version"],
         rollout=state.rollout + 1,
         weights=tuple(event["weights"]),
-        step=-1,
-        paused=False,
-        approved=False,
         salt=event["salt"],
         request=event.get("request_sequence"),
-        outcome=None,
-        ended=None,
-        refused=None,
-        refused_request=None,
-        reverted=None,
     )
+
+
+def _test_started(state: State, event: Payload) -> State:
+    return State(
+        phase=Phase.TESTING,
+        champion=state.champion,
+        previous=state.previous,
+        rollout=state.rollout + 1,
+        salt=event["salt"],
+        test=True,
+        variants=tuple(variant["version"] for variant in event["test"]["variants"]),
+    )
+
+
+def _test_ended(state: State, event: Payload) -> State:
+    """``winner`` is the variant that won, None where none did."""
+    ended = _ends(Outcome(event["outcome"]))(state, event)
+    return replace(ended, ended=event["winner"])
 
 
 def _ready(state: State, _: Payload) -> State:
@@ -214,7 +245,7 @@ def _withdrawn(state: State, event: Payload) -> State:
     """``watch`` says whether a version that was promoted is to be watched; one that was taken back is not."""
     kept = state.outcome is Outcome.PROMOTED and state.previous is not None
     phase = Phase.WATCHING if kept and event.get("watch") else Phase.IDLE
-    return replace(state, phase=phase, challenger=None, weights=(), step=-1, approved=False)
+    return replace(state, phase=phase, challenger=None, variants=(), weights=(), step=-1, approved=False)
 
 
 def _confirmed(state: State, _: Payload) -> State:
@@ -239,7 +270,12 @@ _TRIED = {
     Kind.INCONCLUSIVE: _ends(Outcome.INCONCLUSIVE),
 }
 
-_ANSWERING = {Kind.STARTED: _started, Kind.REFUSED: _refused, Kind.REVERTED: _reverted}
+_ANSWERING = {
+    Kind.STARTED: _started,
+    Kind.TEST_STARTED: _test_started,
+    Kind.REFUSED: _refused,
+    Kind.REVERTED: _reverted,
+}
 
 TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
     Phase.EMPTY: {Kind.ADOPTED: _adopted},
@@ -267,6 +303,15 @@ TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
         Kind.ROLLED_BACK: _reverted,
         Kind.CONFIRMED: _confirmed,
     },
+    Phase.TESTING: {
+        Kind.EVIDENCE: _same,
+        Kind.TEST_RESULTS: _same,
+        Kind.PAUSED: _paused,
+        Kind.RESUMED: _resumed,
+        Kind.ABORTED: _ends(Outcome.ABORTED),
+        Kind.REVERTED: _reverted,
+        Kind.TEST_ENDED: _test_ended,
+    },
 }
 
 
@@ -289,7 +334,7 @@ def required(state: State) -> tuple[Effect, ...]:
             return ()
         case Phase.IDLE | Phase.WATCHING:
             return (Effect.ROUTE, Effect.CLOSE, Effect.TELL)
-        case Phase.STARTING | Phase.SHADOW | Phase.CANARY | Phase.PROMOTING:
+        case Phase.STARTING | Phase.SHADOW | Phase.CANARY | Phase.PROMOTING | Phase.TESTING:
             return (Effect.ROUTE, Effect.DEPLOY, Effect.TELL)
         case Phase.WITHDRAWING:
             return (Effect.ROUTE, Effect.TELL)
@@ -300,10 +345,10 @@ def snapshot(state: State) -> dict[str, Any]:
     if state.phase not in (Phase.IDLE, Phase.WATCHING):
         raise ValueError(f"only an idle state is kept whole, not one that is {state.phase}")
     kept = ("phase", "champion", "previous", "rollout", "salt", "request", "outcome", "ended")
-    return {name: getattr(state, name) for name in (*kept, "refused", "refused_request", "reverted")}
+    return {name: getattr(state, name) for name in (*kept, "refused", "refused_request", "reverted", "test")}
 
 
 def restored(payload: Payload) -> State:
-    """The state that ``snapshot`` kept; of journals from before there was a watch it is idle."""
+    """The state that ``snapshot`` kept; of journals from before there was a watch it is idle, and no test was."""
     phase, outcome = Phase(payload.get("phase", Phase.IDLE)), Outcome(payload["outcome"])
     return State(**{**payload, "phase": phase, "outcome": outcome})

@@ -11,7 +11,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster import processes
 from cluster.alerts import Alerts
-from cluster.clock import SystemClock
+from cluster.clock import Clock, SystemClock
 from cluster.database import Database, ReleaseRequest
 from cluster.settings import Settings
 from pipelines.features.state import StateError
@@ -36,8 +36,8 @@ _STANDING = {
 class ServeWorld:
     """``World`` as it is."""
 
-    def __init__(self, use_case: UseCase, settings: Settings, database: Database, alerts: Alerts) -> None:
-        self._use_case, self._settings = use_case, settings
+    def __init__(self, use_case: UseCase, settings: Settings, database: Database, alerts: Alerts, clock: Clock) -> None:
+        self._use_case, self._settings, self._clock = use_case, settings, clock
         self._usecase = use_case.name
         self._views: Views | None = None
         self._view_of: dict[str, str] = {}
@@ -104,6 +104,11 @@ class ServeWorld:
                 self._alerts.open(name, self._usecase, alerts[name])
             else:
                 self._alerts.resolve(name, self._usecase, "the release has moved on")
+
+    def ask(self, version: str, reason: str) -> None:
+        """Has the release of a version asked for, unless it is already and has not begun."""
+        payload = {"requested_by": "ab-test", "reason": reason, "forced": False, "policy": None}
+        self._database.request_release(self._usecase, version, payload, self._clock.now(), again=True)
 
     def next_request(self) -> ReleaseRequest | None:
         """The oldest release request, claimed; claims end in real time, for they guard against dead processes."""

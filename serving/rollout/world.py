@@ -53,6 +53,10 @@ class World(Protocol):
         """Has these alerts open, by name and detail, and no other of the rollout's."""
         ...
 
+    def ask(self, version: str, reason: str) -> None:
+        """Has the release of a version asked for, unless it is already and has not begun."""
+        ...
+
     def next_request(self) -> ReleaseRequest | None:
         """The oldest release request, claimed."""
         ...

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
-from cluster.database import Database, ReleaseRequest, StaleEpoch
+from cluster.database import Database, JournalEntry, ReleaseRequest, StaleEpoch
 from pipelines import usecases
-from pipelines.spec import UseCase
+from pipelines.spec import ABTest, UseCase, Variant
+from pipelines.statistics.asymptotic import Sample
+from pipelines.validation.arms import Arm
 from pipelines.validation.paired import PairedDay
+from serving.rollout import comparison
 from serving.rollout.controller import DECIDED, Controller
 from serving.rollout.evidence import Skew
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import judge
-from serving.rollout.machine import Kind, NotAllowed
+from serving.rollout.machine import Kind, NotAllowed, Phase
 from serving.rollout.projections import document as called_for
 from serving.rollout.projections import finite
 from serving.rollout.world import Standing
@@ -23,6 +28,13 @@ from serving.routing import RoutingTable
 USE_CASE = usecases.load("aqua")
 CAUTIOUS = USE_CASE.model_copy(update={"release": USE_CASE.release.model_copy(update={"approval": True})})
 YIELDING = USE_CASE.model_copy(update={"release": USE_CASE.release.model_copy(update={"supersede": True})})
+TEST = ABTest(
+    variants=(Variant(version="8", share=0.3), Variant(version="9", share=0.2)),
+    units=100,
+    time=timedelta(hours=6),
+    patience=timedelta(days=2),
+    harm_cap=25,
+)
 HOUR = 3_600_000_000
 GATEWAY = "here:1:aa"
 
@@ -90,7 +102,7 @@ class FakeWorld:
 
     def withdraw(self, version: str) -> None:
         assert self.routed is not None
-        assert self.routed.challenger is None
+        assert not self.routed.tried
         assert self.followed.get(GATEWAY) == self.routed.epoch, "a challenger was taken down under its callers"
         for _ in self._changes():
             self.applications.discard(version)
@@ -104,6 +116,8 @@ class FakeWorld:
         return self.without_state.get(version)
 
     def close(self, version: str, outcome: str, request: int | None) -> None:
+        if request is None:
+            return
         for _ in self._changes():
             self.closed[version] = outcome
             self.open = [v for v in self.open if v != version]
@@ -111,6 +125,11 @@ class FakeWorld:
     def tell(self, alerts: dict[str, str]) -> None:
         for _ in self._changes():
             self.alerts = alerts
+
+    def ask(self, version: str, reason: str) -> None:
+        for _ in self._changes():
+            if version not in self.open:
+                self.open.append(version)
 
     def next_request(self) -> ReleaseRequest | None:
         if not self.open:
@@ -213,11 +232,11 @@ class Play:
     def report(self, **counters: Any) -> None:
         """What the gateway sends, again and again until it is acknowledged; nothing where nothing is judged."""
         rollout = self.controller.state.rollout
-        if not self.controller.state.judged:
+        if not (self.controller.state.judged or self.controller.state.phase is Phase.TESTING):
             return
         self.sent[rollout] = self.sent.get(rollout, 0) + 1
         report = {"gateway": GATEWAY, "sequence": self.sent[rollout], "rollout": rollout, **counters}
-        epoch = self.world.routed.epoch if self.world.routed else 0
+        self.world.followed[GATEWAY] = epoch = self.world.routed.epoch if self.world.routed else 0
         self._survive(lambda: self.controller.exchange(GATEWAY, epoch, [], {}, report, 0.0))
 
     def labels(self, count: int, difference: float) -> None:
@@ -229,6 +248,11 @@ class Play:
         found = Skew(checked=150, mismatched=30, features={"demand_mean_1h": 30, "hour": 2})
         self._survive(lambda: self.controller.take_skew(found))
 
+    def results(self, *means: float) -> None:
+        arms = tuple(Arm(v, 400, Sample(400, mean, 1.0)) for v, mean in zip("189", means, strict=True))
+        rollout = self.controller.state.rollout
+        self._survive(lambda: self.controller.take_results(rollout, arms))
+
     def ask(self, odd: bool = False) -> None:
         version = str(1 + len(self.world.open) + len(self.world.closed))
         self.world.open.append(version)
@@ -236,6 +260,12 @@ class Play:
             self.world.odd.add(version)
 
     def command(self, name: str) -> None:
+        self._say(lambda reason: self.controller.command(name, "someone", reason))
+
+    def test(self) -> None:
+        self._say(lambda reason: self.controller.start_test(TEST, "someone", reason))
+
+    def _say(self, word: Callable[[str], None]) -> None:
         self.said += 1
         reason = f"because {self.said}"
 
@@ -243,7 +273,7 @@ class Play:
             if any(entry.payload.get("reason") == reason for entry in self.journal.read()):
                 return
             with contextlib.suppress(NotAllowed):
-                self.controller.command(name, "someone", reason)
+                word(reason)
 
         self._survive(act)
 
@@ -264,6 +294,12 @@ STEPS = {
     "approve": lambda play: play.command("approve"),
     "abort": lambda play: play.command("abort"),
     "revert": lambda play: play.command("revert"),
+    "test": lambda play: play.test(),
+    "even": lambda play: play.report(arms=(500, 300, 200), served=500),
+    "uneven": lambda play: play.report(arms=(800, 200, 200)),
+    "better variant": lambda play: play.results(5.0, 5.0, 4.0),
+    "worse variants": lambda play: play.results(5.0, 6.0, 7.0),
+    "unclear": lambda play: play.results(5.0, 5.0, 5.0),
     "ask": lambda play: play.ask(),
     "ask oddly": lambda play: play.ask(odd=True),
     "settle": lambda play: play.settle(),
@@ -283,6 +319,11 @@ STORIES = [
     ["settle", *APPROVED, "coins", "day", "settle", "revert", "ask", "settle"],
     ["settle", *APPROVED, "worse", "day", "settle", "ask", "settle"],
     ["settle", *APPROVED, "better", "wait", "settle", "day", "settle", "coins", "revert", "settle"],
+    ["settle", "test", "settle", "even", "better variant", "wait", "better variant", "pause", "settle", "copies"],
+    ["settle", "test", "settle", "uneven", "resume", "even", "wait", "worse variants", "abort", "settle", "ask"],
+    ["settle", "test", "ask", "test", "settle", "harm", "abort", "settle", "test", "abort"],
+    ["settle", *APPROVED, "test", "settle", "unclear", "day", "day", "settle", "revert", "test", "pause", "day", "day"],
+    ["settle", *APPROVED, "test", "settle", "revert", "settle", "test"],
     ["settle", "ask oddly", "ask oddly", "ask", "settle", "abort", "settle", "ask oddly"],
 ]
 
@@ -314,10 +355,23 @@ def replayed_decisions(journal: Journal) -> list[Kind]:
             for name in ("reason", "guardrail", "log_e", "threshold"):
                 assert entry.payload[name] == said[name]
             kinds.append(Kind(entry.kind))
+        elif before.state.phase is Phase.TESTING and entry.payload.get("by") is None:
+            kinds += _replayed_test_decision(before, entry)
         before = before.after(entry)
     kept = journal.situation()
     assert (kept.state, kept.sequence) == (before.state, before.sequence)
     return kinds
+
+
+def _replayed_test_decision(before: Situation, entry: JournalEntry) -> list[Kind]:
+    """The kind of what the evidence of an A/B test led to, found to follow from it; nothing for anything else."""
+    if entry.kind not in (Kind.TEST_ENDED, Kind.PAUSED) or "does not run" in entry.payload["reason"]:
+        return []
+    again = comparison.verdict(before.test, before.tested or "", before.state.paused, before.evidence, entry.at_us)
+    assert again.reason == entry.payload["reason"]
+    assert again.pause == (entry.kind == Kind.PAUSED)
+    assert (again.outcome, again.winner) == (entry.payload.get("outcome"), entry.payload.get("winner"))
+    return [Kind(entry.kind)]
 
 
 def ends_alike(killed: Play, whole: Play) -> None:

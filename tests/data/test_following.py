@@ -16,7 +16,7 @@ from cluster.database import Database
 from pipelines import usecases
 from serving import following, routing
 from serving.following import Follower
-from serving.routing import Challenger, RoutingTable
+from serving.routing import Challenger, RoutingTable, Share, Split
 from serving.runner import DescribedVersion, LoadedVersion, VersionRefused
 
 USE_CASE = usecases.load("aqua")
@@ -47,6 +47,8 @@ class Surroundings:
     tries: int = 0
     broken: bool = False
     away: bool = False
+    ready: set[str] = field(default_factory=set)
+    made: list[str] = field(default_factory=list)  # the ways to versions, in their order
     loaded: threading.Event = field(default_factory=threading.Event)
     warmed: threading.Event = field(default_factory=threading.Event)
     answering: threading.Event = field(default_factory=threading.Event)
@@ -111,10 +113,12 @@ def around(tmp_path, monkeypatch) -> Surroundings:
 
     class Asker:
         def __init__(self, usecase: str, version: str) -> None:
-            pass
+            self._version = version
 
         def ready(self, timeout_s: float) -> bool:
-            return made.answering.is_set()
+            ready = made.answering.is_set() or self._version in made.ready
+            made.made += [self._version] * ready
+            return ready
 
         def ask(self, rows: Any) -> Any:
             raise AssertionError("nobody asks here")
@@ -263,6 +267,39 @@ def test_a_watched_champion_is_tried_beside_the_version_before_it_once_that_is_l
     around.tables.put(table(7, previous="2", challenger=CHALLENGER))
     until(lambda: follower.serving.table.epoch == 7)
     assert follower.serving.trial is None, "a rollout of the same number, whose challenger cannot be asked yet"
+
+
+SPLIT = Split(
+    test=1,
+    salt="s",
+    by_entity=True,
+    shares=(Share(version="2", upto=0.3), Share(version="3", upto=0.5)),
+    deadline_ms=50.0,
+    harm_cap=9,
+)
+
+
+def test_a_test_is_taken_part_in_when_all_its_versions_can_be_asked_and_no_longer_than_its_table_says(around, follower):
+    around.ready = {"2"}
+    around.tables.put(table(6, split=SPLIT))
+    until(lambda: follower.serving.table.epoch == 6)
+    around.after(2)
+    assert (follower.serving.split, follower.serving.trial) == (None, None)
+    around.ready = {"2", "3"}
+    until(lambda: follower.serving.split is not None)
+    split = follower.serving.split
+    assert split.versions == ("1", "2", "3")
+    around.tables.put(table(7, split=SPLIT))
+    until(lambda: follower.serving.table.epoch == 7)
+    assert follower.serving.split is split, "what it has counted stays"
+    assert around.made == ["2", "3"], "and so do its ways"
+    around.tables.put(table(8))
+    until(lambda: follower.serving.table.epoch == 8)
+    assert follower.serving.split is None
+    around.tables.put(table(9, split=SPLIT.model_copy(update={"test": 2})))
+    until(lambda: follower.serving.split is not None)
+    assert follower.serving.split.split.test == 2
+    assert around.made == ["2", "3", "2", "3"], "another test has other applications, though of the same names"
 
 
 def test_without_the_controller_newer_tables_come_from_the_database(around, follower):

@@ -17,7 +17,8 @@ LAST = replace(CANARY, step=1)
 PROMOTING = replace(LAST, phase=Phase.PROMOTING)
 WITHDRAWING = replace(LAST, phase=Phase.WITHDRAWING, outcome=Outcome.ROLLED_BACK, ended="2")
 WATCHING = State(Phase.WATCHING, champion="1", rollout=1, salt="pepper", outcome=Outcome.PROMOTED, ended="1")
-STATES = {s.phase: s for s in (State(), IDLE, STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING, WATCHING)}
+TESTING = State(Phase.TESTING, champion="1", rollout=1, salt="pepper", test=True, variants=("2", "3"))
+STATES = {s.phase: s for s in (State(), IDLE, STARTING, SHADOW, CANARY, PROMOTING, WITHDRAWING, WATCHING, TESTING)}
 
 
 def withdrawing(state: State, outcome: Outcome, **changes: object) -> State:
@@ -29,6 +30,8 @@ PAYLOAD = {
     Kind.STARTED: {"version": "2", "weights": [0.1, 0.5], "salt": "pepper", "request_sequence": 7},
     Kind.ADVANCED: {"step": 0},
     Kind.REFUSED: {"version": "3", "request_sequence": 9, "reason": "odd"},
+    Kind.TEST_STARTED: {"test": {"variants": [{"version": "2"}, {"version": "3"}]}, "champion": "1", "salt": "pepper"},
+    Kind.TEST_ENDED: {"outcome": "won", "winner": "3", "reason": "better"},
 }
 BACK = {"champion": "0", "previous": None, "reverted": "1"}
 STOPS = {
@@ -52,6 +55,7 @@ EXPECTED = {
     Phase.EMPTY: {Kind.ADOPTED: lambda _: IDLE},
     Phase.IDLE: {
         Kind.STARTED: lambda _: STARTING,
+        Kind.TEST_STARTED: lambda _: TESTING,
         Kind.REFUSED: lambda s: replace(s, refused="3", refused_request=9),
         Kind.REVERTED: lambda s: replace(s, **BACK),
     },
@@ -87,6 +91,16 @@ EXPECTED = {
         Kind.LABELS: lambda s: s,
         Kind.ROLLED_BACK: lambda s: replace(s, phase=Phase.IDLE, **BACK),
         Kind.CONFIRMED: lambda s: replace(s, phase=Phase.IDLE),
+        Kind.TEST_STARTED: lambda _: replace(TESTING, rollout=2, previous="0"),
+    },
+    Phase.TESTING: {
+        Kind.EVIDENCE: lambda s: s,
+        Kind.TEST_RESULTS: lambda s: s,
+        Kind.PAUSED: lambda s: replace(s, paused=True),
+        Kind.RESUMED: lambda s: replace(s, paused=False),
+        Kind.ABORTED: lambda s: replace(withdrawing(s, Outcome.ABORTED), ended=None),
+        Kind.REVERTED: lambda s: replace(withdrawing(s, Outcome.ABORTED, **BACK), ended=None),
+        Kind.TEST_ENDED: lambda s: replace(withdrawing(s, Outcome.WON), ended="3"),
     },
 }
 
@@ -167,7 +181,7 @@ def test_a_rollout_knows_nothing_of_a_request_refused_before_it():
 
 def test_the_table_comes_first_and_a_challenger_is_kept_running_while_it_is_tried():
     assert all(required(state)[0] is Effect.ROUTE for state in STATES.values() if state.phase is not Phase.EMPTY)
-    for state in (STARTING, SHADOW, CANARY, PROMOTING):
+    for state in (STARTING, SHADOW, CANARY, PROMOTING, TESTING):
         assert Effect.DEPLOY in required(state)
     assert Effect.DEPLOY not in required(WITHDRAWING)
     assert Effect.CLOSE in required(IDLE)
@@ -181,3 +195,22 @@ def test_an_idle_state_comes_back_from_what_is_kept_of_it():
     assert restored(old) == idle, "of a journal from before there was a watch"
     with pytest.raises(ValueError, match="only an idle state"):
         snapshot(CANARY)
+
+
+def test_a_test_is_over_as_a_rollout_is_and_the_next_one_knows_its_number_only():
+    ended = step(replace(TESTING, paused=True, previous="0"), Kind.TEST_ENDED, {"outcome": "lost", "winner": None})
+    assert (ended.applications, ended.paused, ended.outcome, ended.ended) == (("2", "3"), False, Outcome.LOST, None)
+    idle = step(ended, Kind.WITHDRAWN, {"watch": True})
+    assert (idle.phase, idle.test, idle.variants, idle.applications) == (Phase.IDLE, True, (), ())
+    assert restored(json.loads(json.dumps(snapshot(idle)))) == idle
+    began = step(idle, Kind.STARTED, PAYLOAD[Kind.STARTED])
+    assert began == replace(STARTING, rollout=2, previous="0")
+    assert began.applications == ("2",)
+
+
+def test_what_is_counted_of_a_test_is_taken_in_and_the_judge_of_releases_has_no_say():
+    assert [phase for phase, state in STATES.items() if state.counted] == [
+        Phase.SHADOW, Phase.CANARY, Phase.PROMOTING, Phase.WITHDRAWING, Phase.WATCHING, Phase.TESTING,
+    ]  # fmt: skip
+    assert not TESTING.judged
+    assert TESTING.weight == 0.0

@@ -91,7 +91,7 @@ def test_where_its_own_view_gives_no_rows_the_champion_answers_and_the_challenge
 
 
 def test_the_deadline_is_for_making_the_challengers_rows_too():
-    async def never() -> Prepared:
+    async def never(_: Any) -> Prepared:
         await asyncio.sleep(30)
         return prepared(20)
 
@@ -108,7 +108,7 @@ def test_a_copy_waits_for_the_challengers_rows_behind_the_callers_back():
     one, _ = trial(good, weight=0.0)
     begun: list[bool] = []
 
-    async def slow_rows() -> Prepared:
+    async def slow_rows(_: Any) -> Prepared:
         begun.append(True)
         return prepared(20)
 

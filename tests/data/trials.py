@@ -17,6 +17,7 @@ from serving.fallback import Filled
 from serving.routing import Challenger, place
 from serving.tally import Tally
 from serving.trial import Asked, Trial
+from serving.way import Allowed
 
 SLOW_S = 0.001
 
@@ -117,13 +118,13 @@ async def slow(rows):
 def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
     tally = Tally("g", real=lambda: 0.0)
     nothing: Any = None
-    return Trial(challenger(**changes), ask, SLOW_S, tally, (0.0, 300.0), "1", nothing), tally
+    return Trial(challenger(**changes), ask, SLOW_S, tally, Allowed(0.0, 300.0), "1", nothing), tally
 
 
 def asked(count: int, tried: Any = None, **changes: Any) -> Asked:
     """``tried`` are the challenger's rows, an error that making them raises, or what makes them."""
 
-    async def make() -> Prepared:
+    async def make(_: Any) -> Prepared:
         if isinstance(tried, Exception):
             raise tried
         return prepared(count) if tried is None else tried
@@ -136,7 +137,7 @@ def asked(count: int, tried: Any = None, **changes: Any) -> Asked:
         "began": time.perf_counter(),
         **changes,
     }
-    return Asked(**{"prepared": prepared(count), "tried": tried if callable(tried) else make, **given})
+    return Asked(**{"prepared": prepared(count), "rows_of": tried if callable(tried) else make, **given})
 
 
 # A key whose first instance is the challenger's at half of the traffic.

@@ -20,11 +20,12 @@ from pipelines.training.registry import Registry
 from serving.drills import Drill
 from serving.rollout.journal import Journal
 from serving.rollout.machine import Kind
-from tests.deployment import test_rollout
-from tests.deployment.test_rollout import LONG, QUICK, copy, finished, pids, replicas, went_back
+from tests.deployment import releasing
+from tests.deployment.releasing import copy, finished, pids, replicas
+from tests.deployment.test_rollout import LONG, QUICK, went_back
 from tests.deployment.waiting import until
 
-load, client = test_rollout.load, test_rollout.client  # fixtures
+load, client = releasing.load, releasing.client  # fixtures
 # On a busy machine calls of a challenger are slow besides; nothing is to end for that here.
 CALM = QUICK.model_copy(update={"slow_floor_ms": 10_000.0, "budget": None})
 

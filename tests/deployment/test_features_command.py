@@ -7,7 +7,7 @@ import subprocess
 
 from pipelines import usecases
 from tests.deployment.conftest import DemoRun
-from tests.deployment.test_rollout import INSTANCE, tidegate
+from tests.deployment.releasing import INSTANCE, tidegate
 
 
 def said(done: subprocess.CompletedProcess[str]) -> dict:

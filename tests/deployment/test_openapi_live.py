@@ -24,8 +24,9 @@ COMMANDS = ("pause", "resume", "approve", "abort")
 CONFIG = {
     "checks": {"negative_data_rejection": {"expected-statuses": ["400", "401", "404", "409", "413", "422"]}},
     "operations": [
-        # A policy has rules between its fields, which no schema tells.
-        {"include-name": "POST /rollout/start", "checks": {"positive_data_acceptance": {"enabled": False}}}
+        # A policy and a test have rules between their fields, which no schema tells.
+        {"include-name": name, "checks": {"positive_data_acceptance": {"enabled": False}}}
+        for name in ("POST /rollout/start", "POST /ab/start")
     ],
 }
 asked: dict[str, set[int]] = {}
@@ -65,9 +66,10 @@ def test_generated_requests_are_answered_as_the_document_says(case, gateway):
 
 def test_every_operation_was_asked_and_took_valid_requests(document):
     assert set(asked) == set(operations(document))
-    operators = {"POST /rollout/start", "POST /rollout/{command}"}  # nothing is there to be released
+    # Nothing is there to be released or tested.
+    operators = {"POST /rollout/start", "POST /rollout/{command}", "POST /ab/start"}
     refused = {label for label, statuses in asked.items() if 200 not in statuses}
-    assert refused == {"POST /dimensions/{name}/events", *operators}
+    assert refused == {"POST /dimensions/{name}/events", "GET /ab", "GET /ab/report", *operators}
     assert all(409 in asked[label] for label in operators)
 
 
@@ -102,7 +104,8 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
             assert answer.status_code == 200, (method, path, answer.text)
             return answer.json()
 
-        last = {"POST /dimensions/{name}/events", "POST /rollout/start", "POST /rollout/{command}"}
+        tests = {"POST /ab/start", "GET /ab", "GET /ab/report"}
+        last = {"POST /dimensions/{name}/events", "POST /rollout/start", "POST /rollout/{command}", *tests}
         found = operations(document)
         for label in found.keys() - last:
             method, path = label.split()
@@ -117,3 +120,7 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
         for command in COMMANDS:
             send("POST", *example(operation, f"/rollout/{command}"))
         until(lambda: client.rollout().phase == "idle", "the rollout has ended", 60)
+        assert send("POST", *example(found["POST /ab/start"], "/ab/start"))["running"]
+        assert send("GET", "/ab", None)["variants"][0]["version"] == version
+        assert "A/B test 2 of aqua" in client.ab_report()
+        client.rollout_command("abort", "the example was taken")

@@ -12,29 +12,36 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from cluster import processes, session
 from cluster.database import Database, StaleJournal
 from pipelines.spec import AfterWatch, CanaryStep, ReleasePolicy, Shadow
 from pipelines.spec.release import Assignment
 from pipelines.training.registry import Registry
-from serving.client import Client, TidegateError
-from serving.drills import Drill, register_copy
+from serving.client import TidegateError
+from serving.drills import Drill
 from serving.rollout.evidence import Report
 from serving.rollout.journal import Journal, replay
 from serving.rollout.machine import Kind
+from tests.deployment import releasing
+from tests.deployment.releasing import (
+    INSTANCE,
+    Load,
+    answering,
+    copy,
+    finished,
+    pids,
+    replicas,
+    tidegate,
+)
 from tests.deployment.waiting import until
 
+load, client = releasing.load, releasing.client  # fixtures
 NOW = timedelta(0)
 QUICK = ReleasePolicy(
     shadow=Shadow(requests=20, time=NOW),
@@ -44,76 +51,7 @@ QUICK = ReleasePolicy(
 )
 WATCHED = QUICK.model_copy(update={"watch": AfterWatch(share=1.0)})
 LONG = QUICK.model_copy(update={"steps": (CanaryStep(weight=0.5, requests=1_000_000, time=NOW),)})
-SETTLED = ("idle", "watching")
 CYCLES = 5
-CALLERS = 3
-INSTANCE = {"district": "dma_1", "temperature": 8.0, "rain": 0.0, "holiday": False}
-
-
-@dataclass
-class Load:
-    """Callers that never stop; what they got."""
-
-    answers: int = 0
-    failures: list[str] = field(default_factory=list)
-    versions: set[str] = field(default_factory=set)
-
-
-@pytest.fixture
-def load(demo, request) -> Iterator[Load]:
-    found, stop, lock = Load(), threading.Event(), threading.Lock()
-    retries = getattr(request, "param", 0)
-
-    def call() -> None:
-        with demo.client(retries=retries, timeout_s=20) as client:
-            while not stop.is_set():
-                try:
-                    (answer,) = client.predict([INSTANCE])
-                except (TidegateError, httpx.TransportError) as error:
-                    with lock:
-                        found.failures.append(repr(error))
-                    continue
-                with lock:
-                    found.answers += 1
-                    found.versions.add(answer.model_version)
-                    if answer.value is None or not 0 <= answer.value <= 300:
-                        found.failures.append(f"invalid answer {answer}")
-                time.sleep(0.004)
-
-    callers = [threading.Thread(target=call) for _ in range(CALLERS)]
-    for thread in callers:
-        thread.start()
-    yield found
-    stop.set()
-    for thread in callers:
-        thread.join()
-    assert found.failures == []
-    assert found.answers > 0
-
-
-@pytest.fixture
-def client(demo) -> Iterator[Client]:
-    with demo.client() as found:
-        yield found
-        if (left := found.rollout()).phase not in SETTLED:  # a test that failed leaves nothing to the next one
-            found.rollout_command("abort", "the test ended")
-            finished(found, str(left.challenger))
-
-
-def copy(demo, client, drill: Drill | None = None) -> str:
-    champion = client.rollout().champion
-    assert champion is not None
-    return register_copy("aqua", champion, drill, Registry(demo.settings), demo.settings)
-
-
-def answering(client: Client, version: str) -> None:
-    """Waits until that version answers a part of the requests."""
-    until(lambda: (s := client.rollout()).challenger == version and s.evidence.served > 50, f"{version} answers", 90)
-
-
-def finished(client: Client, version: str) -> str | None:
-    until(lambda: (s := client.rollout()).ended == version and s.phase in SETTLED, f"{version} is over", 90)
-    return client.rollout().outcome
 
 
 def tell(demo, report: Report) -> None:
@@ -131,17 +69,6 @@ def went_back(load: Load, version: str) -> bool:
     load.versions.clear()
     time.sleep(0.3)
     return load.versions == {version}
-
-
-def replicas(demo, application: str) -> list[int]:
-    return pids(demo, f"ray::ServeReplica:{application}:")
-
-
-def pids(demo, prefix: str) -> list[int]:
-    running = session.current(demo.settings)
-    assert running is not None
-    found = processes.session_pids(running.environment_marker)
-    return [pid for pid in found if processes.command(pid).startswith(prefix)]
 
 
 @pytest.mark.timeout(400)
@@ -359,18 +286,6 @@ def test_commands_fit_the_phase(demo, client):
     with pytest.raises(TidegateError) as unknown:
         client.rollout_start("99999")
     assert unknown.value.status == 409
-
-
-def tidegate(demo, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command as an operator of this cluster runs it."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TIDEGATE_"))}
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("tidegate")), *arguments],
-        env=environment | demo.settings.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_command_shows_the_release_and_refuses_what_does_not_fit(demo, client):

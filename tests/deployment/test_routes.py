@@ -30,6 +30,9 @@ NEEDS = {
     "GET /rollout": Scope.READ,
     "POST /rollout/start": Scope.RELEASE,
     "POST /rollout/{command}": Scope.RELEASE,
+    "GET /ab": Scope.READ,
+    "GET /ab/report": Scope.READ,
+    "POST /ab/start": Scope.RELEASE,
     "GET /healthz": None,
     "GET /readyz": None,
 }

@@ -175,7 +175,7 @@ def put(home: Path, redis_server, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 def test_a_challenger_on_a_new_view_waits_for_its_state_and_both_answer_what_is_made_again(put: Place) -> None:
     key = {"authorization": f"Bearer {owner_key(put.settings)}"}
-    world = ServeWorld(PAGE, put.settings, put.database, Alerts(put.database, SystemClock()))
+    world = ServeWorld(PAGE, put.settings, put.database, Alerts(put.database, SystemClock()), SystemClock())
     turn = [0]
     log, views = open_log(put.settings, PAGE), open_views(put.settings, PAGE)
 

@@ -26,7 +26,7 @@ def database(tmp_path) -> Database:
 
 def test_a_gateway_whose_process_was_killed_is_not_waited_for(database, tmp_path) -> None:
     clock = SystemClock()
-    world = ServeWorld(usecases.load("aqua"), Settings(home=tmp_path), database, Alerts(database, clock))
+    world = ServeWorld(usecases.load("aqua"), Settings(home=tmp_path), database, Alerts(database, clock), clock)
     process = subprocess.Popen([sys.executable, "-c", NAME], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     named = process.stdout.readline().strip()
