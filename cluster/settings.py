@@ -48,7 +48,8 @@ class Settings(BaseModel):
     Event ids are remembered for ``remember_seconds``.
     The ingest log is drained to its table every ``drain_seconds``, at most ``drain_rows`` rows at once;
     a stream of it that holds ``log_rows`` is refused more until it is drained.
-    ``body_limit`` is the largest request body in bytes. ``num_cpus`` None lets Ray count.
+    ``body_limit`` is the largest request body in bytes; a prediction is refused when it takes longer than
+    ``deadline_seconds`` from its first byte on. ``num_cpus`` None lets Ray count.
     A challenger's process may take ``challenger_memory_mb`` MiB to load its version and to answer. ``drills`` is a file
     of faults for challengers (``serving.drills``). Fields that may hold secrets are left out of ``repr``.
 
@@ -80,6 +81,7 @@ class Settings(BaseModel):
     drain_rows: int = Field(default=50_000, ge=1)
     log_rows: int = Field(default=5_000_000, ge=1)
     body_limit: int = Field(default=4 * 1024 * 1024, ge=1)
+    deadline_seconds: float = Field(default=10.0, gt=0)
     num_cpus: int | None = Field(default=None, ge=1)
     api_keys: str | None = Field(default=None, repr=False)
     keys_file: Path | None = None

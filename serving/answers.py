@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import math
+import random
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,6 +149,8 @@ class Predictor:
         self._views = views
         self._made = {view: _view(state) for view, state in views.states.items()}
         self._model = instances(use_case)
+        # Ids have to differ, not to be secret; the operating system is asked once, for it takes long.
+        self._draw = random.Random(secrets.randbits(256)).getrandbits
 
     def parse(self, document: Any) -> list[dict[str, Any]]:
         """The typed instances of a request; raises ``Problem`` 400, 413, or 422 naming every wrong field."""
@@ -230,13 +234,11 @@ class Predictor:
             for i in np.flatnonzero(part.taken).tolist():
                 own[i] = part
         as_of = from_microseconds(prepared.now_us).isoformat().replace("+00:00", "Z")
-        prefix = os.urandom(12).hex()
+        prefix = f"{self._draw(96):024x}"
         answers, logged = [], []
-        for i in range(len(prepared.records)):
-            value, lower, upper = (
-                float(series[i]) for series in (prediction.value, prediction.lower, prediction.upper)
-            )
-            valid, bounded = np.isfinite(value), np.isfinite(lower) and np.isfinite(upper)
+        said = (series.tolist() for series in (prediction.value, prediction.lower, prediction.upper))
+        for i, (value, lower, upper) in enumerate(zip(*said, strict=True)):
+            valid, bounded = math.isfinite(value), math.isfinite(lower) and math.isfinite(upper)
             identity = f"{prefix}{i:04x}"
             made_by = own[i]
             if made_by is None:
@@ -244,11 +246,11 @@ class Predictor:
             else:
                 version, variant, rows = made_by.version, "challenger", made_by.rows
             read, filled, made = rows.read, rows.filled, self._made[rows.view]
-            flagged = {
-                name: Status(status).name
-                for name, status in zip(made.stored, filled.status[i].tolist(), strict=True)
-                if status != Status.FRESH
-            }
+            statuses = filled.status[i].tolist()
+            flagged = {}
+            if any(statuses):  # anything but FRESH
+                named = zip(made.stored, statuses, strict=True)
+                flagged = {name: Status(status).name for name, status in named if status != Status.FRESH}
             degraded = rows.reasons(i) if flagged or not read.known[i] or i in filled.refused else []
             if not valid:
                 degraded.append("no_answer")
@@ -270,7 +272,7 @@ class Predictor:
                     "entity": rows.entities[i],
                     "inputs": orjson.dumps({n: rows.records[i].get(n) for n in made.inputs}).decode(),
                     "stored": filled.values[i].tolist(),
-                    "status": filled.status[i].tolist(),
+                    "status": statuses,
                     "numeric": rows.numeric[i].tolist(),
                     "sequence": read.sequence,
                     "generation": read.generation,
@@ -368,11 +370,10 @@ def _numeric(artifact: Artifact, columns: Mapping[str, np.ndarray]) -> np.ndarra
 
 def usable(artifact: Artifact, columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     """bool [n]: where anchor and scale allow a version to answer."""
-    fine = np.ones(count, dtype=bool)
+    fine = np.isfinite(columns[artifact.anchor]) if artifact.anchor else np.ones(count, dtype=bool)
     with np.errstate(invalid="ignore"):
-        if artifact.anchor:
-            anchor = columns[artifact.anchor]
-            fine &= np.isfinite(anchor) & ((anchor > 0) if artifact.transform == "log" else True)
+        if artifact.anchor and artifact.transform == "log":
+            fine &= columns[artifact.anchor] > 0
         if artifact.scale:
             fine &= np.isfinite(columns[artifact.scale]) & (columns[artifact.scale] > 0)
     return fine

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from cluster.processes import bound_memory
@@ -108,7 +109,9 @@ class Asker:
     """Asks one challenger; made in any thread, asked in an event loop."""
 
     def __init__(self, usecase: str, version: str) -> None:
-        handle: Any = serve.get_app_handle(application(usecase, version))
+        known = serve.get_app_handle(application(usecase, version))  # raises when there is no such application
+        # That one is Serve's for the whole process: a second rollout of a version would get it as the first left it.
+        handle: Any = DeploymentHandle(known.deployment_name, known.app_name)
         # Under Serve's throughput flags a handle would live in the loop that first uses it, and could not be made ready
         # beside it.
         handle._init(_run_router_in_separate_loop=True)

@@ -103,7 +103,7 @@ class Follower:
         self._stop = threading.Event()
         # Whatever is tried by this first table comes with the first turn.
         self.serving = Serving(table, self._loaded[table.champion])
-        self._thread = threading.Thread(target=self._follow, name="following", daemon=True)
+        self._thread = threading.Thread(target=self._follow_to_the_end, name="following", daemon=True)
         self._thread.start()
 
     def refused(self) -> dict[str, str]:
@@ -123,6 +123,13 @@ class Follower:
             self._database.release_lease(gateway_lease(self._use_case.name, self.gateway), self.gateway)
         except SQLAlchemyError as error:
             logger.warning("the lease of gateway %s was not given back: %s", self.gateway, error)
+
+    def _follow_to_the_end(self) -> None:
+        try:
+            self._follow()
+        except BaseException as error:
+            self.failure = f"it ended by {error!r}"  # which the health check tells Serve, whose log people read
+            raise
 
     def _follow(self) -> None:
         while not self._stop.is_set():

@@ -124,7 +124,15 @@ class Gateway:
         await self.api(scope, receive, send)
 
     async def predict(self, scope: ASGIScope, receive: Receive) -> bytes:
-        """Checks the key, reads the body, answers, logs."""
+        """Checks the key, reads the body, answers, logs, and refuses what the deadline leaves no time for."""
+        try:
+            async with asyncio.timeout(self.settings.deadline_seconds):
+                return await self._predict(scope, receive)
+        except TimeoutError:
+            said = f"There was no answer within {self.settings.deadline_seconds:g} s: send fewer instances, or later."
+            raise Problem(503, "The deadline has passed", said, retry_after_s=1) from None
+
+    async def _predict(self, scope: ASGIScope, receive: Receive) -> bytes:
         self.keys.require(header(scope, b"authorization"), Scope.PREDICT)
         given, variant = _idempotency_key(scope), _variant(scope)
         document, began = await self._json(receive), time.perf_counter()
@@ -263,7 +271,8 @@ class Gateway:
         if not self.watch.alive():
             raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer watches sensors and events")
         if not self.follower.alive():
-            raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer follows its routing table")
+            why = self.follower.failure
+            raise RuntimeError(f"the gateway of {self.use_case.name!r} no longer follows its routing table: {why}")
 
     def close(self) -> None:
         """Flushes the log and lets go of the stores."""
