@@ -178,6 +178,13 @@ def build_api(gateway: Gateway) -> DescribedApp:
         """Where the release stands, its evidence, and what the judge says of it."""
         return wire.RolloutStatus(**gateway.rollouts.status())
 
+    @app.get(
+        "/rollout/differences", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 404, 503), tags=["rollout"]
+    )
+    def differences() -> wire.RolloutDifferences:
+        """What the version that is tried says differently: the distribution, and the worst cases."""
+        return wire.RolloutDifferences(**gateway.rollouts.differences())
+
     @app.post(
         "/rollout/start",
         dependencies=by_release,

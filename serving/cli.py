@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rollout.add_argument("usecase")
     actions = rollout.add_subparsers(dest="action")
     actions.add_parser("status", help="where it stands, with its evidence (the default)")
+    actions.add_parser("differences", help="what the version that is tried says differently, with the worst cases")
     start = actions.add_parser("start", help="ask for the release of a version")
     start.add_argument("version")
     start.add_argument("--force", action="store_true", help="although its gates did not pass; needs --reason")
@@ -178,6 +179,8 @@ def _rollout(options: argparse.Namespace) -> int:
         match options.action:
             case None | "status":
                 return client.rollout()
+            case "differences":
+                return client.rollout_differences()
             case "start":
                 return client.rollout_start(options.version, force=options.force, reason=options.reason)
             case _:

@@ -30,6 +30,7 @@ from serving.wire import (
     FeedbackResponse,
     Prediction,
     PredictResponse,
+    RolloutDifferences,
     RolloutStart,
     RolloutStatus,
     Variant,
@@ -107,6 +108,10 @@ def _rollout_start(version: str, policy: ReleasePolicy | None, force: bool, reas
 def _rollout_command(command: str, reason: str) -> _Call[RolloutStatus]:
     body = {"reason": reason}
     return _Call("POST", f"/rollout/{command}", body, RolloutStatus.model_validate, repeatable=False)
+
+
+def _differences() -> _Call[RolloutDifferences]:
+    return _Call("GET", "/rollout/differences", None, RolloutDifferences.model_validate)
 
 
 def _test() -> _Call[ABTestStatus]:
@@ -235,6 +240,10 @@ class Client(_Connection):
         """Pauses, resumes, approves or aborts what is under way, or reverts to the previous champion."""
         return self._send(_rollout_command(command, reason))
 
+    def rollout_differences(self) -> RolloutDifferences:
+        """What the version that is tried says differently, with the worst cases."""
+        return self._send(_differences())
+
     def ab_test(self) -> ABTestStatus:
         """Where the last A/B test stands."""
         return self._send(_test())
@@ -330,6 +339,10 @@ class AsyncClient(_Connection):
     async def rollout_command(self, command: str, reason: str = "") -> RolloutStatus:
         """Pauses, resumes, approves or aborts what is under way, or reverts to the previous champion."""
         return await self._send(_rollout_command(command, reason))
+
+    async def rollout_differences(self) -> RolloutDifferences:
+        """What the version that is tried says differently, with the worst cases."""
+        return await self._send(_differences())
 
     async def ab_test(self) -> ABTestStatus:
         """Where the last A/B test stands."""

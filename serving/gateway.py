@@ -50,7 +50,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # Below this many instances the model is faster than the hop to another thread.
 _INLINE_INSTANCES = 16
+# Requests that a replica answers at once; Serve gives it a few more (``serving.app``), which are told to come later.
+_MOST_AT_ONCE = 200
 _INGEST = re.compile(r"(?:/dimensions/(?P<name>[^/]+))?/events")
+_BUSY = f"This gateway answers {_MOST_AT_ONCE} requests already: send it again, or raise TIDEGATE_GATEWAY_REPLICAS."
 _VARIANT, _CHAMPION, _CHALLENGER = "Tidegate-Variant", b"champion", b"challenger"
 
 
@@ -93,6 +96,7 @@ class Gateway:
         }  # fmt: skip
         self.rollouts = Rollouts(usecase, settings, self.database, self.clock)
         self.watch = Watch(lambda: self.state, self.alerts, self.clock)
+        self._answering = 0
         from serving.api import build_api  # it imports the request models, which a worker without HTTP never needs
 
         self.api = build_api(self)
@@ -113,12 +117,17 @@ class Gateway:
             path = _path(scope)
             handler = self.predict if path == "/predict" else self.ingest if _INGEST.fullmatch(path) else None
             if handler is not None:
+                self._answering += 1
                 try:
+                    if self._answering > _MOST_AT_ONCE:
+                        raise Problem(429, "Too many requests at once", _BUSY, retry_after_s=1)
                     answer = 200, [(b"content-type", b"application/json")], await handler(scope, receive)
                 except Problem as problem:
                     answer = _refusal(problem)
                 except StateError as error:
                     answer = _refusal(Problem(503, "State is not ready", str(error)))
+                finally:
+                    self._answering -= 1
                 await _send(send, *answer)
                 return
         await self.api(scope, receive, send)

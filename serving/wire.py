@@ -181,6 +181,28 @@ class RolloutStatus(BaseModel):
     waiting: list[str] = Field(default=[], description="versions whose release was asked for and not begun")
 
 
+class DifferentCase(BaseModel):
+    """An instance that two versions answered, at a moment in microseconds since the Unix epoch."""
+
+    prediction_id: str
+    entity: str
+    at_us: int
+    tried: float
+    other: float
+
+
+class RolloutDifferences(BaseModel):
+    """What the version that is tried says differently from the other one, in the target's unit: the mean difference,
+    quantiles of its absolute value, and the cases in which it is largest.
+    """
+
+    version: str
+    instances: int
+    mean: float
+    quantiles: dict[str, float]
+    worst: list[DifferentCase]
+
+
 class ABTestStart(_Request):
     """An A/B test of versions that passed their gates; ``force`` passes over those that did not, and needs a reason."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -12,8 +13,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from cluster.clock import Clock
 from cluster.database import Database
 from cluster.settings import Settings
+from cluster.tables import Tables
+from pipelines import usecases
 from pipelines.spec import ABTest, ReleasePolicy
 from pipelines.training.registry import Registry
+from pipelines.validation.differences import read_differences
 from serving import releases
 from serving.problems import Problem
 from serving.rollout import actor
@@ -40,6 +44,18 @@ class Rollouts:
         tried = situation.state.challenger
         waiting = [version for version in self._database.open_releases(self._usecase) if version != tried]
         return describe(situation, self._clock.now()) | {"waiting": waiting}
+
+    def differences(self) -> dict[str, Any]:
+        """What the version that is tried, or was tried last, says differently; ``Problem`` 404 when there is none."""
+        situation = self._situation()
+        version = situation.state.challenger or situation.state.ended
+        found = None
+        if version is not None and not situation.state.test:
+            tables = Tables(self._settings.tables_url, self._settings.storage_options)
+            found = read_differences(usecases.load(self._usecase), tables, version, situation.evidence.started_us)
+        if found is None:
+            raise Problem(404, "There are no differences", "No instance was answered by two versions in this rollout.")
+        return {**asdict(found), "version": version, "quantiles": {f"{q:g}": v for q, v in found.quantiles.items()}}
 
     def test(self) -> dict[str, Any]:
         """Where the last A/B test stands, from the journal; ``Problem`` 404 when there was none."""

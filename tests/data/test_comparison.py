@@ -64,6 +64,7 @@ def test_nothing_is_found_of_arms_without_outcomes() -> None:
         (found(5.0, 5.0, 6.0), 2 * DAY, None, None, "no variant is shown to be better or worse yet"),
         (found(5.0, 5.0, 6.0), 9 * DAY, Outcome.INCONCLUSIVE, None, "undecided after 9 days"),
         (found(5.0, 4.0, 5.0), DAY - 1, None, None, "at least 1 day"),
+        (found(5.0, 4.0, 5.0, units=100), 2 * DAY, Outcome.WON, "2", "better"),
         (found(5.0, 4.0, 5.0, units=99), 2 * DAY, None, None, "99 of 100 units"),
         (found(5.0, 4.0, 5.0, units=99), 9 * DAY, Outcome.INCONCLUSIVE, None, "undecided"),
         (found(5.0, 4.0), 2 * DAY, None, None, "0 of 100 units"),

@@ -107,12 +107,15 @@ def test_variants_are_asked_at_the_same_time() -> None:
     assert len(parts) == 2
 
 
-def test_what_no_version_may_answer_harms_nobody() -> None:
-    one, tally = split(two=nan)
+@pytest.mark.parametrize("ask", [good, nan])
+def test_what_no_version_may_answer_is_answered_by_none_and_harms_nobody(ask) -> None:
+    one, tally = split(two=ask)
     given = prepared(2)
     given.usable[1] = False
-    asyncio.run(one.choose(asked(2, prepared=given), np.array([0, 1])))
-    assert counted(tally).harmed == 0
+    prediction, parts = asyncio.run(one.choose(asked(2, prepared=given), np.array([0, 1])))
+    assert prediction.value.tolist() == [10.0, 10.0], "the champion's, which its ladder has refused"
+    assert not any(part.taken.any() for part in parts)
+    assert (counted(tally).harmed, counted(tally).served) == (0, 0)
 
 
 def test_nobody_is_assigned_here_once_the_cap_is_reached() -> None:

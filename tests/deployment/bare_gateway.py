@@ -32,4 +32,5 @@ class BareGateway(Gateway):
         self.use_case, self.keys, self.settings = use_case, keys, settings
         self.rollouts = self.predictor = self.clock = self.follower = self.intake = self.views = Untouched()
         self.drain = self.feeds = Untouched()
+        self._answering = 0
         self.api = build_api(self)

@@ -64,3 +64,28 @@ def test_a_refusal_in_time_stays_what_it_is(settings):
     gateway = BareGateway(usecases.load("aqua"), KeyRing.open(settings), settings)
     status, problem, _ = predicted(settings, gateway, [b"{"])
     assert (status, problem["title"]) == (400, "The body is not JSON")
+
+
+def test_more_requests_at_once_than_a_replica_answers_are_told_to_come_later(settings):
+    async def flood() -> list[int]:
+        gateway = BareGateway(usecases.load("aqua"), KeyRing.open(settings), settings)
+        statuses: list[int] = []
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+                assert message["status"] == 503 or (b"retry-after", b"1") in message["headers"]
+
+        key = [(b"authorization", f"Bearer {owner_key(settings)}".encode())]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": key}
+        await asyncio.gather(*(gateway(scope, receive, send) for _ in range(203)))
+        await gateway(scope, receive, send)
+        return statuses
+
+    statuses = asyncio.run(flood())
+    assert statuses[:3] == [429] * 3, "at once, not when the others are done"
+    assert statuses[3:] == [503] * 201, "all others wait for their deadline, and so does the next one"

@@ -69,7 +69,8 @@ def test_every_operation_was_asked_and_took_valid_requests(document):
     # Nothing is there to be released or tested.
     operators = {"POST /rollout/start", "POST /rollout/{command}", "POST /ab/start"}
     refused = {label for label, statuses in asked.items() if 200 not in statuses}
-    assert refused == {"POST /dimensions/{name}/events", "GET /ab", "GET /ab/report", *operators}
+    nothing = {"GET /rollout/differences", "GET /ab", "GET /ab/report"}
+    assert refused == {"POST /dimensions/{name}/events", *nothing, *operators}
     assert all(409 in asked[label] for label in operators)
 
 
@@ -106,6 +107,7 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
 
         tests = {"POST /ab/start", "GET /ab", "GET /ab/report"}
         last = {"POST /dimensions/{name}/events", "POST /rollout/start", "POST /rollout/{command}", *tests}
+        last.add("GET /rollout/differences")
         found = operations(document)
         for label in found.keys() - last:
             method, path = label.split()

@@ -28,6 +28,7 @@ NEEDS = {
     "GET /features/{entity}": Scope.READ,
     "GET /status": Scope.READ,
     "GET /rollout": Scope.READ,
+    "GET /rollout/differences": Scope.READ,
     "POST /rollout/start": Scope.RELEASE,
     "POST /rollout/{command}": Scope.RELEASE,
     "GET /ab": Scope.READ,
