@@ -23,11 +23,12 @@ from cluster.database import Database, StaleJournal
 from pipelines.spec import AfterWatch, CanaryStep, ReleasePolicy, Shadow
 from pipelines.spec.release import Assignment
 from pipelines.training.registry import Registry
-from serving.client import TidegateError
+from serving.client import Client, TidegateError
 from serving.drills import Drill
 from serving.rollout.evidence import Report
 from serving.rollout.journal import Journal, replay
 from serving.rollout.machine import Kind
+from serving.wire import RolloutDifferences
 from tests.deployment import releasing
 from tests.deployment.releasing import (
     INSTANCE,
@@ -62,6 +63,15 @@ def tell(demo, report: Report) -> None:
         with contextlib.suppress(StaleJournal):  # another report came between
             journal.append(situation, Kind.EVIDENCE, report.model_dump(mode="json"), situation.evidence.stage_us)
             return
+
+
+def differences(client: Client) -> RolloutDifferences | None:
+    try:
+        return client.rollout_differences()
+    except TidegateError as error:
+        if error.status != 404:
+            raise
+        return None
 
 
 def went_back(load: Load, version: str) -> bool:
@@ -195,6 +205,10 @@ def test_a_canary_is_paused_resumed_and_approved_by_people_whom_the_journal_name
     served = client.rollout().evidence.served
     until(lambda: client.rollout().evidence.served > served + 50, "a paused canary goes on answering", 60)
     assert client.rollout().phase == "canary"
+    until(lambda: differences(client) is not None, "both versions' answers are in the table")
+    found = client.rollout_differences()
+    assert (found.version, found.instances > 50, len(found.worst)) == (version, True, 10)
+    assert found.quantiles["1"] < 1e-9, "it is the same model"
     client.rollout_command("resume", "it was seen")
     assert finished(client, version) == "promoted"
     assert commanded(demo, version) == [
