@@ -1,0 +1,199 @@
+"""What changes between two versions of a contract, and whom each change breaks.
+
+A *writer* produces rows: a change breaks writers when rows that the old contract took are refused by the new one, or
+lost to features. A *reader* uses rows: a change breaks readers when rows that the new contract takes may be such as the
+old one promised they would not be. Both are told apart, because a contract is changed on one side at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipelines.spec import Contract, Field, FieldType
+
+
+class Breaks(StrEnum):
+    """Whom a change breaks."""
+
+    NOBODY = "nobody"
+    READERS = "readers"
+    WRITERS = "writers"
+    BOTH = "both"
+
+
+_N, _R, _W, _B = Breaks.NOBODY, Breaks.READERS, Breaks.WRITERS, Breaks.BOTH
+
+KINDS: dict[str, tuple[Breaks, str]] = {
+    "field_added": (_N, "a field that may be null: rows without it are taken"),
+    "required_field_added": (_W, "rows without it are refused"),
+    "field_removed": (_B, "readers miss it, and rows that still bring it are refused"),
+    "fields_reordered": (_N, "fields are found by their names"),
+    "type_widened": (_R, "numbers may have a fraction now"),
+    "type_narrowed": (_W, "numbers with a fraction are refused"),
+    "type_changed": (_B, "old rows are refused, and new ones are of another type"),
+    "null_allowed": (_R, "values may be missing now"),
+    "null_forbidden": (_W, "rows without a value are refused"),
+    "minimum_added": (_W, "smaller values are refused"),
+    "minimum_raised": (_W, "values between the two are refused"),
+    "minimum_lowered": (_R, "values between the two come now"),
+    "minimum_removed": (_R, "values of any size below come now"),
+    "maximum_added": (_W, "larger values are refused"),
+    "maximum_lowered": (_W, "values between the two are refused"),
+    "maximum_raised": (_R, "values between the two come now"),
+    "maximum_removed": (_R, "values of any size above come now"),
+    "pattern_added": (_W, "text of another form is refused"),
+    "pattern_removed": (_R, "text of any form comes now"),
+    "pattern_changed": (_B, "text of the old form may be refused, and other text may come"),
+    "allowed_introduced": (_W, "other values are refused"),
+    "allowed_dropped": (_R, "any value comes now"),
+    "value_added": (_R, "a value that no reader knows comes now"),
+    "value_withdrawn": (_W, "rows with that value are refused"),
+    "unit_changed": (_B, "the same number means another quantity"),
+    "example_changed": (_N, "it is shown to callers and checked by nobody"),
+    "field_description_changed": (_N, "words"),
+    "entity_changed": (_B, "rows belong to other entities, so every feature is another one"),
+    "time_changed": (_B, "rows happen at other times, so every feature is another one"),
+    "key_changed": (_B, "other rows are duplicates of each other"),
+    "delay_changed": (_R, "loaded rows become known at another time, so training sees others"),
+    "lateness_raised": (_N, "rows that came too late for features count now"),
+    "lateness_lowered": (_W, "rows that came late and counted are left out of features"),
+    "future_raised": (_R, "rows may lie further ahead of the clock"),
+    "future_lowered": (_W, "rows that lie further ahead are refused"),
+    "rejected_share_raised": (_R, "loads with more refused rows are published"),
+    "rejected_share_lowered": (_W, "loads that were published are refused"),
+    "owner_changed": (_N, "words"),
+    "description_changed": (_N, "words"),
+    "contract_renamed": (_B, "it is another contract to everything that goes by its name"),
+}
+"""Every kind of change: whom it breaks, and how."""
+_WORDS = frozenset({"example_changed", "field_description_changed", "owner_changed", "description_changed"})
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change. ``field`` is None where it is one of the contract as a whole."""
+
+    kind: str
+    field: str | None
+    before: Any
+    after: Any
+
+    @property
+    def breaks(self) -> Breaks:
+        """Whom it breaks."""
+        return KINDS[self.kind][0]
+
+    @property
+    def breaking(self) -> bool:
+        """Whether it breaks anybody."""
+        return self.breaks is not Breaks.NOBODY
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        values = "" if self.before is None and self.after is None else f" ({self.before} → {self.after})"
+        whom = "compatible" if not self.breaking else f"breaks {self.breaks.replace('both', 'readers and writers')}"
+        return f"{where}{self.kind.replace('_', ' ')}{values}: {whom}; {KINDS[self.kind][1]}"
+
+
+def diff(old: Contract, new: Contract) -> tuple[Change, ...]:
+    """Every change from ``old`` to ``new``, those of the whole contract first, then by field in the new order."""
+    before, after = ({field.name: field for field in contract.fields} for contract in (old, new))
+    found = list(_of_contract(old, new))
+    for name, field in after.items():
+        if name in before:
+            found += _of_field(before[name], field)
+        else:
+            found.append(Change("field_added" if field.nullable else "required_field_added", name, None, field.type))
+    found += [Change("field_removed", name, before[name].type, None) for name in before if name not in after]
+    shared = [name for name in after if name in before]
+    if shared != [name for name in before if name in after]:
+        found.append(Change("fields_reordered", None, None, None))
+    return tuple(found)
+
+
+def required_version(old: str, changes: tuple[Change, ...]) -> str:
+    """The lowest semantic version that a contract of version ``old`` must have after ``changes``.
+
+    Breaking ones need a major version, others a minor one, and words alone a patch.
+    """
+    major, minor, patch = map(int, old.split("."))
+    if any(change.breaking for change in changes):
+        return f"{major + 1}.0.0"
+    if any(change.kind not in _WORDS for change in changes):
+        return f"{major}.{minor + 1}.0"
+    return f"{major}.{minor}.{patch + 1}" if changes else old
+
+
+def enough(version: str, required: str) -> bool:
+    """Whether a version is at least the required one."""
+    return tuple(map(int, version.split("."))) >= tuple(map(int, required.split(".")))
+
+
+def _of_contract(old: Contract, new: Contract) -> Iterator[Change]:
+    for kind, name in (
+        ("contract_renamed", "name"),
+        ("owner_changed", "owner"),
+        ("description_changed", "description"),
+        ("entity_changed", "entity"),
+        ("time_changed", "time"),
+        ("delay_changed", "delay"),
+    ):
+        yield from _changed(kind, None, getattr(old, name), getattr(new, name))
+    if set(old.key) != set(new.key):
+        yield Change("key_changed", None, ", ".join(old.key), ", ".join(new.key))
+    for stem, name in (("lateness", "lateness"), ("future", "future"), ("rejected_share", "max_rejected_share")):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            yield Change(f"{stem}_{'raised' if after > before else 'lowered'}", None, before, after)
+
+
+def _of_field(old: Field, new: Field) -> Iterator[Change]:
+    name = old.name
+    if old.type is not new.type:
+        kinds = {
+            (FieldType.INTEGER, FieldType.FLOAT): "type_widened",
+            (FieldType.FLOAT, FieldType.INTEGER): "type_narrowed",
+        }
+        yield Change(kinds.get((old.type, new.type), "type_changed"), name, old.type, new.type)
+    if old.nullable != new.nullable:
+        yield Change("null_allowed" if new.nullable else "null_forbidden", name, None, None)
+    for limit in ("minimum", "maximum"):
+        yield from _of_limit(limit, name, getattr(old, limit), getattr(new, limit))
+    if old.pattern is not None and new.pattern is not None:
+        yield from _changed("pattern_changed", name, old.pattern, new.pattern)
+    elif old.pattern != new.pattern:
+        kind = "pattern_added" if old.pattern is None else "pattern_removed"
+        yield Change(kind, name, old.pattern, new.pattern)
+    yield from _of_allowed(name, old.allowed, new.allowed)
+    for kind, part in (("unit", "unit"), ("example", "example"), ("field_description", "description")):
+        yield from _changed(f"{kind}_changed", name, getattr(old, part), getattr(new, part))
+
+
+def _of_limit(limit: str, name: str, old: float | None, new: float | None) -> Iterator[Change]:
+    if old == new:
+        return
+    if old is None or new is None:
+        yield Change(f"{limit}_{'added' if old is None else 'removed'}", name, old, new)
+    else:
+        yield Change(f"{limit}_{'raised' if new > old else 'lowered'}", name, old, new)
+
+
+def _of_allowed(name: str, old: tuple[str, ...] | None, new: tuple[str, ...] | None) -> Iterator[Change]:
+    if old is None or new is None:
+        if old != new:
+            yield Change("allowed_introduced" if old is None else "allowed_dropped", name, old, new)
+        return
+    for value in new:
+        if value not in old:
+            yield Change("value_added", name, None, value)
+    for value in old:
+        if value not in new:
+            yield Change("value_withdrawn", name, value, None)
+
+
+def _changed(kind: str, field: str | None, old: Any, new: Any) -> Iterator[Change]:
+    if old != new:
+        yield Change(kind, field, old, new)

@@ -1,0 +1,191 @@
+"""Every kind of change of a contract: how it is named, and whom it breaks, shown on rows that the contracts judge."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from pipelines.contracts.evolution import KINDS, Breaks, diff, enough, required_version
+from pipelines.contracts.requests import check_record, compile_model
+from pipelines.spec import Contract, Field, FieldType
+
+NOW_US = 1_700_000_000_000_000
+OLD = Contract(
+    name="readings",
+    version="1.2.3",
+    owner="water",
+    fields=(
+        Field(name="meter", type=FieldType.STRING, pattern="m[0-9]+", example="m1"),
+        Field(name="at", type=FieldType.TIMESTAMP),
+        Field(name="flow", type=FieldType.FLOAT, minimum=0, maximum=100, unit="L/s"),
+        Field(name="count", type=FieldType.INTEGER, minimum=0),
+        Field(name="kind", type=FieldType.STRING, allowed=("a", "b"), nullable=True),
+        Field(name="note", type=FieldType.STRING, nullable=True),
+        Field(name="open", type=FieldType.FLOAT),
+    ),
+    entity="meter",
+    time="at",
+    key=("meter", "at"),
+    delay=timedelta(minutes=5),
+    future=timedelta(minutes=1),
+    max_rejected_share=0.1,
+)
+ROW = {"meter": "m1", "at": "2023-11-14T22:13:20Z", "flow": 5.0, "count": 3, "kind": "a", "note": None, "open": 1.5}
+
+
+def field(name: str, **changes: Any) -> Contract:
+    """The contract with one field changed."""
+    fields = tuple(Field(**{**f.model_dump(), **changes}) if f.name == name else f for f in OLD.fields)
+    return changed(fields=fields)
+
+
+def changed(**changes: Any) -> Contract:
+    return Contract(**{**{name: getattr(OLD, name) for name in Contract.model_fields}, **changes})
+
+
+EXTRA = Field(name="extra", type=FieldType.STRING)
+CASES: dict[str, tuple[Contract, str | None]] = {
+    "field_added": (changed(fields=(*OLD.fields, EXTRA.model_copy(update={"nullable": True}))), "extra"),
+    "required_field_added": (changed(fields=(*OLD.fields, EXTRA)), "extra"),
+    "field_removed": (changed(fields=OLD.fields[:-1]), "open"),
+    "fields_reordered": (changed(fields=(OLD.fields[1], OLD.fields[0], *OLD.fields[2:])), None),
+    "type_widened": (field("count", type=FieldType.FLOAT), "count"),
+    "type_narrowed": (field("open", type=FieldType.INTEGER), "open"),
+    "type_changed": (field("open", type=FieldType.STRING), "open"),
+    "null_allowed": (field("open", nullable=True), "open"),
+    "null_forbidden": (field("note", nullable=False), "note"),
+    "minimum_added": (field("open", minimum=0), "open"),
+    "minimum_raised": (field("flow", minimum=1), "flow"),
+    "minimum_lowered": (field("flow", minimum=-1), "flow"),
+    "minimum_removed": (field("flow", minimum=None), "flow"),
+    "maximum_added": (field("open", maximum=9), "open"),
+    "maximum_lowered": (field("flow", maximum=99), "flow"),
+    "maximum_raised": (field("flow", maximum=101), "flow"),
+    "maximum_removed": (field("flow", maximum=None), "flow"),
+    "pattern_added": (field("note", pattern="n.*"), "note"),
+    "pattern_removed": (field("meter", pattern=None), "meter"),
+    "pattern_changed": (field("meter", pattern="[mn][0-9]+"), "meter"),
+    "allowed_introduced": (field("note", allowed=("x",)), "note"),
+    "allowed_dropped": (field("kind", allowed=None), "kind"),
+    "value_added": (field("kind", allowed=("a", "b", "c")), "kind"),
+    "value_withdrawn": (field("kind", allowed=("a",)), "kind"),
+    "unit_changed": (field("flow", unit="m3/h"), "flow"),
+    "example_changed": (field("meter", example="m2"), "meter"),
+    "field_description_changed": (field("flow", description="out of the plant"), "flow"),
+    "entity_changed": (changed(entity="note", fields=field("note", nullable=False).fields), None),
+    "time_changed": (
+        changed(time="then", fields=(*OLD.fields, Field(name="then", type=FieldType.TIMESTAMP))),
+        None,
+    ),
+    "key_changed": (changed(key=("meter", "at", "count")), None),
+    "delay_changed": (changed(delay=timedelta(minutes=6)), None),
+    "lateness_raised": (changed(lateness=timedelta(hours=2)), None),
+    "lateness_lowered": (changed(lateness=timedelta(minutes=30)), None),
+    "future_raised": (changed(future=timedelta(minutes=2)), None),
+    "future_lowered": (changed(future=timedelta(0)), None),
+    "rejected_share_raised": (changed(max_rejected_share=0.2), None),
+    "rejected_share_lowered": (changed(max_rejected_share=0.05), None),
+    "owner_changed": (changed(owner="gas"), None),
+    "description_changed": (changed(description="words"), None),
+    "contract_renamed": (changed(name="others"), None),
+}
+BESIDE = {"entity_changed": {"null_forbidden"}, "time_changed": {"required_field_added"}}
+"""What else those changes cannot be without."""
+
+
+def test_every_kind_has_a_case_and_there_are_at_least_twenty_five() -> None:
+    assert set(CASES) == set(KINDS)
+    assert len(KINDS) >= 25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_change_is_named_alone_where_it_is_and_says_whom_it_breaks(kind) -> None:
+    new, where = CASES[kind]
+    found = {change.kind: change for change in diff(OLD, new)}
+    assert set(found) == {kind, *BESIDE.get(kind, ())}
+    assert found[kind].field == where
+    text = str(found[kind])
+    assert text.startswith(f"{where}: " if where else kind.replace("_", " "))
+    assert ("compatible" in text) == (KINDS[kind][0] is Breaks.NOBODY) == (not found[kind].breaking)
+
+
+def taken(contract: Contract, row: dict[str, Any]) -> bool:
+    return check_record(compile_model(contract, name="c"), row, NOW_US)[0] is not None
+
+
+# Per kind that judges rows: a row that only the old contract takes, one that only the new one takes.
+ONLY_OLD = {
+    "required_field_added": ROW,
+    "field_removed": ROW,
+    "type_narrowed": ROW,
+    "type_changed": ROW,
+    "null_forbidden": ROW,
+    "minimum_added": {**ROW, "open": -1.0},
+    "minimum_raised": {**ROW, "flow": 0.5},
+    "maximum_added": {**ROW, "open": 10.0},
+    "maximum_lowered": {**ROW, "flow": 99.5},
+    "pattern_added": {**ROW, "note": "other"},
+    "allowed_introduced": {**ROW, "note": "y"},
+    "value_withdrawn": {**ROW, "kind": "b"},
+    "future_lowered": {**ROW, "at": "2023-11-14T22:13:50Z"},
+}
+ONLY_NEW = {
+    "type_widened": {**ROW, "count": 2.5},
+    "null_allowed": {**ROW, "open": None},
+    "minimum_lowered": {**ROW, "flow": -0.5},
+    "minimum_removed": {**ROW, "flow": -1e9},
+    "maximum_raised": {**ROW, "flow": 100.5},
+    "maximum_removed": {**ROW, "flow": 1e9},
+    "pattern_removed": {**ROW, "meter": "?"},
+    "pattern_changed": {**ROW, "meter": "n7"},
+    "allowed_dropped": {**ROW, "kind": "z"},
+    "value_added": {**ROW, "kind": "c"},
+    "future_raised": {**ROW, "at": "2023-11-14T22:14:50Z"},
+}
+
+
+@pytest.mark.parametrize("kind", ONLY_OLD)
+def test_what_breaks_writers_refuses_a_row_that_was_taken(kind) -> None:
+    assert KINDS[kind][0] in (Breaks.WRITERS, Breaks.BOTH)
+    assert taken(OLD, ONLY_OLD[kind])
+    assert not taken(CASES[kind][0], ONLY_OLD[kind])
+
+
+@pytest.mark.parametrize("kind", ONLY_NEW)
+def test_what_breaks_readers_takes_a_row_that_was_refused(kind) -> None:
+    assert KINDS[kind][0] in (Breaks.READERS, Breaks.BOTH)
+    assert not taken(OLD, ONLY_NEW[kind])
+    assert taken(CASES[kind][0], ONLY_NEW[kind])
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (breaks, _) in KINDS.items() if breaks is Breaks.NOBODY])
+def test_what_breaks_nobody_takes_the_same_rows(kind) -> None:
+    assert taken(CASES[kind][0], ROW)
+
+
+def test_the_same_contract_has_no_changes_and_the_version_alone_is_none() -> None:
+    assert diff(OLD, OLD) == ()
+    assert diff(OLD, changed(version="2.0.0")) == ()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "required"),
+    [
+        ((), "1.2.3"),
+        (("owner_changed", "example_changed"), "1.2.4"),
+        (("owner_changed", "field_added"), "1.3.0"),
+        (("field_added", "value_added"), "2.0.0"),
+        (("minimum_raised",), "2.0.0"),
+    ],
+)
+def test_the_version_that_changes_need(kinds, required) -> None:
+    changes = tuple(change for kind in kinds for change in diff(OLD, CASES[kind][0]))
+    assert required_version(OLD.version, changes) == required
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert enough("1.10.0", "1.9.0")
+    assert enough("2.0.0", "2.0.0")
+    assert not enough("1.9.9", "1.10.0")
