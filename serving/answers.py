@@ -97,10 +97,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The versions [n] that the instances of a request were assigned to in an A/B test of that number."""
+    """The versions [n] that the instances of a request were assigned to in an A/B test of that number, and names [n] of
+    what was assigned.
+    """
 
     test: int
     versions: Sequence[str]
+    units: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -286,8 +289,8 @@ class Predictor:
                 }
             )
         if assigned is not None:
-            for row, given in zip(logged, assigned.versions, strict=True):
-                row["test"], row["assigned"] = assigned.test, given
+            for row, given, unit in zip(logged, assigned.versions, assigned.units, strict=True):
+                row["test"], row["assigned"], row["unit"] = assigned.test, given, unit
         return Answered({"predictions": answers, "as_of": as_of}, logged)
 
     def warm(self, version: LoadedVersion | DescribedVersion, now_us: int) -> None:

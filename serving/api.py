@@ -236,9 +236,24 @@ def build_api(gateway: Gateway) -> DescribedApp:
         tags=["A/B test"],
     )
     def start_test(who: Principal = releaser, body: wire.ABTestStart = to_test) -> wire.ABTestStatus:
-        """Begins an A/B test. It is paused, resumed and aborted as a rollout is."""
+        """Begins an A/B test of versions beside the champion."""
         found = gateway.rollouts.start_test(body.test, by=who.name, force=body.force, reason=body.reason)
         return wire.ABTestStatus(**found)
+
+    @app.post(
+        "/ab/{command}",
+        dependencies=by_release,
+        responses=refusals(400, *_KEY, 404, 409, 413, 422, 503),
+        openapi_extra=takes(wire.RolloutCommand, _REASON),
+        tags=["A/B test"],
+    )
+    def command_test(
+        command: Literal["pause", "resume", "abort"],
+        who: Principal = releaser,
+        body: wire.RolloutCommand = to_command,
+    ) -> wire.ABTestStatus:
+        """Pauses, resumes or aborts the A/B test that runs; while it is paused the champion answers all."""
+        return wire.ABTestStatus(**gateway.rollouts.command_test(command, by=who.name, reason=body.reason))
 
     @app.get("/healthz", tags=["health"])
     def healthz() -> wire.Alive:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -63,8 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin.add_argument("--reason", default="", help="kept in the journal")
     page = parts.add_parser("report", help="write it as a page with a plot")
     page.add_argument("--out", type=Path, help="the file (default USECASE-ab.html)")
-    for action in ("pause", "resume", "abort"):
-        parts.add_parser(action).add_argument("--reason", default="", help="kept in the journal")
+    meanings = {
+        "pause": "let the champion answer all until it is resumed",
+        "resume": "go on, and begin the sample-ratio test anew",
+        "abort": "end it without a winner",
+    }
+    for action, meaning in meanings.items():
+        parts.add_parser(action, help=meaning).add_argument("--reason", default="", help="kept in the journal")
     features = commands.add_parser("features", help="make, rebuild, audit and look at features")
     kinds = features.add_subparsers(dest="action", required=True)
     kinds.add_parser("backfill", help="make the training table").add_argument("usecase")
@@ -199,7 +204,7 @@ def _ab(options: argparse.Namespace) -> int:
                 into.write_text(client.ab_report(), encoding="utf-8")
                 print(into, file=sys.stderr)
             case "pause" | "resume" | "abort":
-                client.rollout_command(options.action, options.reason)
+                return client.ab_command(options.action, options.reason)
         return client.ab_test()
 
     return _said(options, act)
@@ -211,8 +216,17 @@ def _definition(options: argparse.Namespace) -> ABTest:
 
     from pipelines.spec import ABTest
 
-    given = json.loads(options.definition.read_text(encoding="utf-8")) if options.definition else {}
+    given: Any = {}
+    if options.definition:
+        try:
+            given = json.loads(options.definition.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{options.definition} cannot be read as JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{options.definition} must hold a JSON object with the fields of a test")
     if options.variant:
+        if "variants" in given:
+            raise ValueError(f"variants are given by --variant and in {options.definition}: leave one of them out")
         pairs = [text.partition("=") for text in options.variant]
         given["variants"] = [{"version": version, "share": share} for version, _, share in pairs]
     try:

@@ -127,6 +127,10 @@ def _test_start(test: ABTest, force: bool, reason: str) -> _Call[ABTestStatus]:
     return _Call("POST", "/ab/start", body, ABTestStatus.model_validate, repeatable=False)
 
 
+def _test_command(command: str, reason: str) -> _Call[ABTestStatus]:
+    return _Call("POST", f"/ab/{command}", {"reason": reason}, ABTestStatus.model_validate, repeatable=False)
+
+
 class _Connection:
     """What both clients share: address, key, and which failed attempt is made again."""
 
@@ -253,8 +257,12 @@ class Client(_Connection):
         return self._send(_test_report())
 
     def ab_start(self, test: ABTest, *, force: bool = False, reason: str = "") -> ABTestStatus:
-        """Begins an A/B test; ``rollout_command`` pauses, resumes and aborts it."""
+        """Begins an A/B test."""
         return self._send(_test_start(test, force, reason))
+
+    def ab_command(self, command: str, reason: str = "") -> ABTestStatus:
+        """Pauses, resumes or aborts the A/B test that runs."""
+        return self._send(_test_command(command, reason))
 
     def _send(self, call: _Call[Answer]) -> Answer:
         for attempt in itertools.count():
@@ -353,8 +361,12 @@ class AsyncClient(_Connection):
         return await self._send(_test_report())
 
     async def ab_start(self, test: ABTest, *, force: bool = False, reason: str = "") -> ABTestStatus:
-        """Begins an A/B test; ``rollout_command`` pauses, resumes and aborts it."""
+        """Begins an A/B test."""
         return await self._send(_test_start(test, force, reason))
+
+    async def ab_command(self, command: str, reason: str = "") -> ABTestStatus:
+        """Pauses, resumes or aborts the A/B test that runs."""
+        return await self._send(_test_command(command, reason))
 
     async def _send(self, call: _Call[Answer]) -> Answer:
         for attempt in itertools.count():

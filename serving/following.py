@@ -28,7 +28,7 @@ from serving import routing
 from serving.challenger import Asker, Reply
 from serving.rollout.actor import handle, start
 from serving.rollout.serve_world import gateway_lease, gateway_name
-from serving.routing import Challenger, RoutingTable
+from serving.routing import Challenger, RoutingTable, UnknownTable
 from serving.runner import DescribedVersion, LoadedVersion, Rows, VersionRefused, describe_version, load_version
 from serving.split import Split, Variant
 from serving.tally import Tally
@@ -140,6 +140,10 @@ class Follower:
                 self.failure = f"the database does not answer: {error}"
                 self._stop.wait(_WITHOUT_CONTROLLER_S)
                 continue
+            except UnknownTable as error:
+                self.failure = str(error)  # the last table goes on answering
+                self._stop.wait(_WITHOUT_CONTROLLER_S)
+                continue
             self._prepare()
             try:
                 self._apply(newest or self.serving.table)
@@ -176,7 +180,7 @@ class Follower:
             return newest if newest is not None and newest.epoch > self.serving.table.epoch else None
         if report is not None:
             self._tally.acknowledged()
-        return None if found is None else RoutingTable.model_validate(found)
+        return None if found is None else routing.parse(found)
 
     def _prepare(self) -> None:
         """Loads, in a thread beside this one, what the table wants to be ready."""
@@ -253,10 +257,12 @@ class Follower:
             return None
         if split is not None and split.split == wanted:
             return split
-        ways = {share.version: self._way(share.version) for share in wanted.shares}
-        variants = {version: way for version, way in ways.items() if way is not None}
-        if len(variants) < len(ways):
-            return None
+        variants: dict[str, Variant] = {}
+        for share in wanted.shares:
+            way = self._way(share.version)
+            if way is None:
+                return None  # nor is any other waited for now: this thread has a lease to renew
+            variants[share.version] = way
         return Split(wanted, variants, self._tally, self._allowed, table.champion)
 
     def _way(self, version: str) -> Variant | None:

@@ -152,7 +152,8 @@ class Gateway:
         else:
             prepared, prediction, took = await asyncio.to_thread(champion, records, serving.champion, now)
         if variant == _CHALLENGER and (serving.trial is None or serving.trial.challenger.watch):
-            raise Problem(409, "No version is being tried", f"Leave out {_VARIANT}, or ask for the champion.")
+            said = "An A/B test runs, which assigns units itself. " if serving.split is not None else ""
+            raise Problem(409, "No version is being tried", f"{said}Leave out {_VARIANT}, or ask for the champion.")
         tried, version = serving.trial or serving.split, serving.champion.version
         if tried is None or variant == _CHAMPION:
             answered = self.predictor.compose(prepared, prediction, version)
@@ -189,15 +190,16 @@ class Gateway:
         return answered
 
     async def _split(self, champion: str, split: Split, asked: Asked) -> Answered:
-        """The answers during an A/B test. A request that is repeated is answered alike and is no part of the test."""
+        """The answers during an A/B test. A request that is repeated is answered alike, and its units are the same."""
         prepared = asked.prepared
         if not split.is_open:
             answered = self.predictor.compose(prepared, asked.champion, champion)
         else:
-            arms = split.assign(asked.key, prepared.entities)
+            units = split.units(asked.key, prepared.entities)
+            arms = split.assign(units)
             prediction, parts = await split.choose(asked, arms)
             versions = [split.versions[arm] for arm in arms.tolist()]
-            assigned = Assigned(split.split.test, versions) if asked.counted else None
+            assigned = Assigned(split.split.test, versions, [f"{split.name(unit):x}" for unit in units])
             answered = self.predictor.compose(prepared, prediction, champion, parts, assigned)
         self.intake.predictions(answered.records())
         return answered
@@ -240,7 +242,10 @@ class Gateway:
     async def outcomes(self, outcomes: list[dict[str, Any]]) -> None:
         """Logs outcomes durably before they are acknowledged."""
         now = self.clock.now()
-        await self.intake.outcomes({o["prediction_id"]: orjson.dumps({**o, "at": now}) for o in outcomes})
+        first: dict[str, bytes] = {}
+        for outcome in outcomes:
+            first.setdefault(outcome["prediction_id"], orjson.dumps({**outcome, "at": now}))
+        await self.intake.outcomes(first)
 
     def status(self) -> dict[str, Any]:
         """Where the log, the state, the drain and the routing stand."""

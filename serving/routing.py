@@ -6,10 +6,11 @@ has lost it makes it again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.database import Database
 
@@ -99,20 +100,38 @@ class RoutingTable(BaseModel):
         return frozenset(v for v in (self.champion, self.previous, self.prepare) if v is not None)
 
 
+class UnknownTable(RuntimeError):
+    """A table that other code wrote, with what this code does not know; the message says what."""
+
+
+def parse(document: Mapping[str, Any]) -> RoutingTable:
+    """The table of a document; raises ``UnknownTable``."""
+    try:
+        return RoutingTable.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UnknownTable(
+            f"the routing table of epoch {document.get('epoch')} is not one of this code: {where}: {first['msg']}; "
+            "deploy the code that wrote it"
+        ) from error
+
+
 def read(database: Database, usecase: str) -> RoutingTable | None:
-    """The newest table, or None before the first champion."""
+    """The newest table, or None before the first champion; raises ``UnknownTable``."""
     stored = database.routing(usecase)
-    return None if stored is None else RoutingTable(epoch=stored.epoch, **stored.document)
+    return None if stored is None else parse({**stored.document, "epoch": stored.epoch})
 
 
 def publish(database: Database, usecase: str, expected: RoutingTable | None, document: dict[str, Any]) -> RoutingTable:
     """Writes the successor of ``expected`` with the given fields; the same fields again are written only once.
 
-    Raises ``StaleEpoch`` when somebody else wrote first.
+    Fields that say nothing are left out, so that code which does not know them yet can read the table. Raises
+    ``StaleEpoch`` when somebody else wrote first.
     """
     table = RoutingTable(epoch=0, **document)  # refuse a malformed table before it is written
-    fields = table.model_dump(mode="json", exclude={"epoch"})
-    if expected is not None and fields == expected.model_dump(mode="json", exclude={"epoch"}):
+    fields = table.model_dump(mode="json", exclude={"epoch"}, exclude_none=True)
+    if expected is not None and fields == expected.model_dump(mode="json", exclude={"epoch"}, exclude_none=True):
         return expected
     epoch = database.put_routing(usecase, expected.epoch if expected else None, fields)
     return table.model_copy(update={"epoch": epoch})

@@ -62,16 +62,20 @@ class Split:
         """False for a key that a caller sent before: the answer may be repeated, and counts once."""
         return self._keys.first_seen(key)
 
-    def assign(self, key: str, entities: Sequence[str]) -> np.ndarray:
-        """int [n]: the place in ``versions`` of the version that each instance, of those ``entities``, is assigned to.
+    def units(self, key: str, entities: Sequence[str]) -> Sequence[str]:
+        """What each instance of a request, of those ``entities``, is assigned by."""
+        return entities if self.split.by_entity else [f"{key}/{i}" for i in range(len(entities))]
+
+    def name(self, unit: str) -> int:
+        """A name of a unit that tells nothing of it."""
+        return digest(unit, self.split.salt)
+
+    def assign(self, units: Sequence[str]) -> np.ndarray:
+        """int [n]: the place in ``versions`` of the version that each of ``units`` is assigned to.
 
         The champion, at place 0, has the last part of the places from 0 to 1.
         """
-        salt = self.split.salt
-        if self.split.by_entity:
-            places = [place(entity, salt) for entity in entities]
-        else:
-            places = [place(f"{key}/{i}", salt) for i in range(len(entities))]
+        places = [place(unit, self.split.salt) for unit in units]
         found: np.ndarray = (np.searchsorted(self._upto, places, side="right") + 1) % len(self.versions)
         return found
 
@@ -124,7 +128,7 @@ class Split:
 
     def _name(self, members: list[list[int]], entities: Sequence[str], arms: np.ndarray) -> None:
         for entity, arm in zip(entities, arms.tolist(), strict=True):
-            name = digest(entity, self.split.salt)
+            name = self.name(entity)
             if name not in self._known and len(self._known) < _ENTITIES:
                 self._known.add(name)
                 members[arm].append(name)

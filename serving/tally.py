@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from serving.rollout.evidence import Report, Units, What
 
-_REPORT_SHARE, _LONGEST_S = 0.01, 60.0
+_REPORT_SHARE, _LONGEST_S, _LONGEST_OF_TEST_S = 0.01, 60.0, 3600.0
 _KEYS_REMEMBERED = 10_000
 _EXPOSED_ENTITIES = 20_000  # that a gateway names in a step: more would fill the journal and tell no more
 
@@ -59,7 +59,8 @@ class Tally:
         """What is to be sent now, if anything; the same until ``acknowledged``.
 
         Errors and harm are reported at once. Everything else waits for a hundredth of the time that the rollout has
-        lasted, at most a minute: every report is journalled, and a long canary must not make a long journal.
+        lasted, at most a minute, or an hour in an A/B test, which lasts for weeks: every report is journalled, and a
+        long canary must not make a long journal.
         """
         with self._lock:
             if self._waiting is None and not self._counts.empty and (self._counts.urgent or self._due()):
@@ -88,8 +89,9 @@ class Tally:
             return self._waiting
 
     def _due(self) -> bool:
-        now = self._real()
-        return now - self._made >= min((now - self._began) * _REPORT_SHARE, _LONGEST_S)
+        now, counts = self._real(), self._counts
+        longest = _LONGEST_OF_TEST_S if counts.arms or counts.members else _LONGEST_S
+        return now - self._made >= min((now - self._began) * _REPORT_SHARE, longest)
 
     def acknowledged(self) -> None:
         """The report was journalled."""

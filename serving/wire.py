@@ -235,7 +235,8 @@ class SampleRatio(BaseModel):
 
 class ABTestStatus(BaseModel):
     """Where the last A/B test stands. Moments are microseconds since the Unix epoch; ``assigned`` counts units by
-    version, the champion's first, and ``accidents`` the requests in which the champion had to answer for a variant.
+    version, the champion's first, since the test began or was last resumed, and ``accidents`` the requests in which the
+    champion had to answer for a variant.
     """
 
     test: int

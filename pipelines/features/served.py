@@ -52,6 +52,7 @@ SERVED_SCHEMA = pa.schema(
         ("other_upper", pa.float64()),
         ("test", pa.int64()),
         ("assigned", pa.string()),
+        ("unit", pa.string()),
     ]
 )
 """One row per answer. ``_time`` is the clock's time at which features were read, ``inputs`` a JSON object of
@@ -60,7 +61,8 @@ the model's columns in the order of ``model.numeric``, ``sequence`` and ``genera
 read from, ``others`` the generation and the sequence of each state beside it (``Read.others``), ``view`` its
 fingerprint. While a version is being tried, the ``other`` columns are what the version that did not answer made of
 the same instance. ``test`` is the number of the A/B test that the instance is a part of, ``assigned`` the version that
-it was assigned to, which may have failed to answer; both are null outside of tests and in tables from before them."""
+it was assigned to, which may have failed to answer, and ``unit`` a name of what was assigned, by which a request that
+is repeated is known again; all three are null outside of tests and in tables from before them."""
 
 OUTCOME_SCHEMA = pa.schema([("prediction_id", pa.string()), ("value", pa.float64()), ("at", INSTANT)])
 """One row per outcome that a caller reported; ``at`` is when it became known."""

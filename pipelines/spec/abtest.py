@@ -44,7 +44,9 @@ class ABTest(Spec):
     A ``unit`` finds its version by a hash and keeps it for the whole test. It counts by the mean of its ``measure``, in
     the arm it was assigned to, whatever answered it there. Each variant's mean is compared with the champion's by a
     confidence sequence that holds at ``confidence`` for all variants together, however often it is looked at; it is
-    tightest at ``units`` of each arm and is read from then on, and after ``time`` on the cluster's clock. The variant
+    tightest at ``units`` of each arm and is read from then on, and after ``time`` on the cluster's clock. (That is so
+    while units go on coming. Where all entities there are have been seen, and only their means still move, it is looked
+    at with one number of units again and again, and errs somewhat more often: a longer ``time`` helps.) The variant
     with the best mean of those that are shown to be better wins, and its release is asked for; when all are shown to be
     worse, the test is lost. One that is not decided within ``patience`` ends as inconclusive. The test pauses when
     units are not assigned by their shares, shown with an error probability of ``ratio_alpha``; while it is paused the

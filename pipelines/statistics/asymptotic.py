@@ -24,9 +24,11 @@ def difference(treated: Sample, control: Sample, alpha: float, planned: int) -> 
 
     The probability that the interval ever, from a number of units on that grows without bound, misses the true
     difference tends to at most ``alpha``. It is tightest when there are ``planned`` units in both together. With n
-    units and V the variance of the estimated difference, the half-width is sqrt(V 2(nr+1)/(nr) ln(sqrt(nr+1)/alpha)),
-    r = (-2 ln alpha + ln(1 - 2 ln alpha)) / planned (Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, arXiv 2103.06476,
-    for one sample, where V is its variance over n).
+    units and V = v (1/n1 + 1/n0) the variance of the estimated difference, the half-width is
+    sqrt(V 2(nr+1)/(nr) ln(sqrt(nr+1)/alpha)), r = (-2 ln alpha + ln(1 - 2 ln alpha)) / planned (Waudby-Smith, Arbour,
+    Sinha, Kennedy & Ramdas, arXiv 2103.06476, for one sample, where V is its variance over n). For v the larger of the
+    two sample variances stands: where something is rare, the smaller arm may not have seen it yet, and its own variance
+    would make it look certain.
     """
     if not 0.0 < alpha < 1.0 or planned < 1:
         raise ValueError(f"alpha must lie between 0 and 1, planned be at least 1; found {alpha} and {planned}")
@@ -34,7 +36,7 @@ def difference(treated: Sample, control: Sample, alpha: float, planned: int) -> 
     if treated.units < 2 or control.units < 2:
         return found, math.inf
     units = treated.units + control.units
-    spread = treated.variance / treated.units + control.variance / control.units
+    spread = max(treated.variance, control.variance) * (1 / treated.units + 1 / control.units)
     rate = (-2 * math.log(alpha) + math.log1p(-2 * math.log(alpha))) / planned
     grown = units * rate + 1
     return found, math.sqrt(spread * 2 * grown / (units * rate) * math.log(math.sqrt(grown) / alpha))

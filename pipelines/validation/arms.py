@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 
 from cluster.tables import Tables
 from pipelines.features.served import outcomes_table, predictions_table
-from pipelines.spec import ABTest, Assignment, Measure, UseCase
+from pipelines.spec import ABTest, Measure, UseCase
 from pipelines.statistics.asymptotic import Sample
 
-_COLUMNS = ["prediction_id", "entity", "assigned", "value"]
+_COLUMNS = ["prediction_id", "unit", "assigned", "value"]
+# Beyond it sums of squares would overflow, and one outcome without any sense would be the end of a test.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ def read_arms(use_case: UseCase, tables: Tables, test: ABTest, number: int, sinc
 def summarise(logged: pa.Table, outcomes: pa.Table, test: ABTest) -> tuple[Arm, ...]:
     """The arms that have any outcome, by version; tables as ``served.SERVED_SCHEMA`` and ``OUTCOME_SCHEMA`` say.
 
-    Of several outcomes of a prediction the first one counts. A prediction without an answer, or an outcome that
-    is no number, says nothing.
+    Of several outcomes of a prediction the first one counts, and a unit counts by the mean of its predictions, which
+    may be those of a request that was repeated. A prediction without an answer says nothing, nor does an outcome that
+    is no number, or one of more than 1e100.
     """
     reported = outcomes.sort_by("at").group_by("prediction_id", use_threads=False)
     first = reported.aggregate([("value", "first", pc.ScalarAggregateOptions(skip_nulls=False))])
@@ -54,9 +57,9 @@ def summarise(logged: pa.Table, outcomes: pa.Table, test: ABTest) -> tuple[Arm, 
     if test.measure is Measure.LOSS:
         with np.errstate(invalid="ignore", over="ignore"):
             measured = np.abs(logged.column("value").to_numpy() - measured)
-    unit = logged.column("entity" if test.unit is Assignment.ENTITY else "prediction_id")
-    rows = pa.table({"version": logged.column("assigned"), "unit": unit, "measured": measured})
-    rows = rows.filter(pc.and_(pc.is_valid(rows["version"]), pc.is_finite(rows["measured"])))
+    kept = logged.column("assigned").is_valid().to_numpy() & (np.abs(measured) <= _LARGEST)
+    rows = pa.table({"version": logged.column("assigned"), "unit": logged.column("unit"), "measured": measured})
+    rows = rows.filter(pa.array(kept))
     units = rows.group_by(["version", "unit"]).aggregate([("measured", "mean"), ("measured", "count")])
     found = []
     for version in sorted(pc.unique(units["version"]).to_pylist()):

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
@@ -47,7 +48,7 @@ from serving.rollout.serve_world import ServeWorld
 logger = logging.getLogger(__name__)
 
 ALERT, REGISTRY_ALERT, AUDIT_ALERT = "rollout_failing", "registry_failing", "audit_failing"
-NOTIFY_ALERT = "notifications_failing"
+NOTIFY_ALERT, RESULTS_ALERT = "notifications_failing", "test_results_failing"
 _TURN_S = 0.05
 _LABELS_S = 1.0
 _AUDIT_S = 60.0  # at least so long between audits, also when a replay clock hurries
@@ -76,13 +77,13 @@ class RolloutActor:
         """``Controller.exchange``."""
         return self._controller.exchange(*arguments)
 
-    def command(self, name: str, by: str, reason: str) -> None:
+    def command(self, name: str, by: str, reason: str, of_test: bool = False) -> None:
         """``Controller.command``."""
-        self._controller.command(name, by, reason)
+        self._controller.command(name, by, reason, of_test=of_test)
 
-    def start_test(self, test: dict[str, Any], by: str, reason: str) -> None:
+    def start_test(self, test: dict[str, Any], by: str, reason: str, forced: list[str]) -> None:
         """``Controller.start_test``."""
-        self._controller.start_test(ABTest.model_validate(test), by, reason)
+        self._controller.start_test(ABTest.model_validate(test), by, reason, tuple(forced))
 
     def ping(self) -> None:
         """Answers as soon as the process is there."""
@@ -177,13 +178,16 @@ class RolloutActor:
             try:
                 arms = read_arms(parts.use_case, parts.tables, situation.test, state.rollout, began)
                 self._controller.take_results(state.rollout, arms)
+                parts.alerts.resolve(RESULTS_ALERT, self._usecase, "the results of the A/B test are read again")
                 read = state.rollout, now
             except (StaleEpoch, StaleJournal):
                 continue
             except ValidationError:
                 continue  # the controller ends a test that does not fit
-            except (*_OUTSIDE, DeltaError) as error:
+            except (*_OUTSIDE, DeltaError, pa.ArrowException) as error:
                 logger.warning("the results of an A/B test of %s could not be read: %s", self._usecase, error)
+                _open(parts.alerts, RESULTS_ALERT, self._usecase, error)
+                pause.wait(_AFTER_FAILURE_S * 10)
 
     def _show(self) -> None:
         """Keeps MLflow's aliases and this node's copy of a new version up to date. Nothing waits for either."""
@@ -191,11 +195,11 @@ class RolloutActor:
 
         parts, pause = self._parts(), threading.Event()
         registry: Registry | None = None
-        shown: dict[str, str] | None = None
+        shown: tuple[dict[str, str], tuple[str, ...]] | None = None
         while not pause.wait(_TURN_S * 4):
             state = self._made.state if self._made is not None else State()
             wanted = aliases(state)
-            if wanted == shown or not wanted:
+            if (wanted, state.applications) == shown or not wanted:
                 continue
             try:
                 registry = registry or Registry(parts.settings)
@@ -206,7 +210,7 @@ class RolloutActor:
                         registry.download(self._usecase, version, parts.settings.cache_dir / "models")
                 registry.show_aliases(self._usecase, wanted)
                 parts.alerts.resolve(REGISTRY_ALERT, self._usecase, "the registry takes aliases again")
-                shown = wanted
+                shown = wanted, state.applications
             except (MlflowException, RegistryError, ArtifactError, SQLAlchemyError, OSError) as error:
                 logger.warning("the registry does not show the versions of %s: %s", self._usecase, error)
                 _open(parts.alerts, REGISTRY_ALERT, self._usecase, error)

@@ -126,19 +126,29 @@ class Controller:
             while (self.table is None or self.table.epoch <= epoch) and (left := until - self._real()) > 0:
                 self._changed.wait(left)
             newer = self.table is not None and self.table.epoch > epoch
-            return self.table.model_dump(mode="json") if newer and self.table is not None else None
+            return self.table.model_dump(mode="json", exclude_none=True) if newer and self.table is not None else None
 
-    def command(self, name: str, by: str, reason: str = "") -> None:
-        """An operator's word, one of ``COMMANDS``; raises ``NotAllowed`` when it does not fit."""
+    def command(self, name: str, by: str, reason: str = "", *, of_test: bool = False) -> None:
+        """An operator's word, one of ``COMMANDS``; raises ``NotAllowed`` when it does not fit.
+
+        With ``of_test`` it is meant for an A/B test and for nothing else that may be under way by now.
+        """
         if name not in COMMANDS:
             raise NotAllowed(f"{name!r} is none of {', '.join(COMMANDS)}")
         with self._lock:
+            if of_test and self.state.phase is not Phase.TESTING:
+                raise NotAllowed(f"no A/B test is running: the release is {self.state.phase}")
             self._record(COMMANDS[name], {"by": by, "reason": reason})
             self._changed.notify_all()  # the next turn does what follows
 
-    def start_test(self, test: ABTest, by: str, reason: str) -> None:
-        """Begins an A/B test; raises ``NotAllowed`` while anything else is being tried, or without a champion."""
+    def start_test(self, test: ABTest, by: str, reason: str, forced: tuple[str, ...] = ()) -> None:
+        """Begins an A/B test; raises ``NotAllowed`` while anything else is being tried, or without a champion.
+
+        ``forced`` are those of its versions whose gates did not pass.
+        """
         with self._lock:
+            if self.state.phase in (Phase.IDLE, Phase.WATCHING):
+                self._perform()  # the request of what ended before is closed, or it would be taken up again
             if self.state.champion in test.versions:
                 raise NotAllowed(f"version {self.state.champion} is the champion: it is part of every test")
             self._record(
@@ -149,6 +159,7 @@ class Controller:
                     "salt": self._draw(),
                     "by": by,
                     "reason": reason,
+                    "forced": list(forced),
                 },
             )
             self._changed.notify_all()
@@ -212,7 +223,8 @@ class Controller:
     def _go_on_from(self, following: Situation) -> None:
         before, self.situation = self.state, following
         if self.state != before:
-            self._seen = _Seen(self._real())
+            same = (before.phase, before.rollout) == (self.state.phase, self.state.rollout)
+            self._seen = _Seen(self._real(), ran=same and self._seen.ran)
             self._changed.notify_all()
 
     def _take(self, report: Report) -> None:
@@ -239,7 +251,7 @@ class Controller:
     def _judge_test(self) -> None:
         situation = self.situation
         found = comparison.verdict(
-            situation.test, situation.tested or "", self.state.paused, situation.evidence, self._clock.now()
+            situation.test, situation.tested, self.state.paused, situation.evidence, self._clock.now()
         )
         if found.outcome is not None:
             self._end_test(found.outcome, found.reason, found.winner)
@@ -402,7 +414,9 @@ class Controller:
     def _observe_test(self, state: State) -> None:
         if not self._due(_LOOK_EVERY_S):
             return
-        if not self._seen.ran and not self._run(state):
+        # What has answered did run; a replica that is being replaced later is no reason to end a test.
+        ran = self._seen.ran or self.situation.evidence.served > 0
+        if not ran and not self._run(state):
             return
         self._seen.ran = True
         if self._gone_for_good(state):
@@ -461,7 +475,9 @@ class Controller:
         if not left:
             if state.outcome is Outcome.WON and state.ended is not None:
                 # As long as this is not journalled no request is looked at, so that asking again asks for nothing more.
-                self._world.ask(state.ended, f"it won A/B test {state.rollout}")
+                begun = self.situation.begun
+                forced = state.ended in begun.get("forced", ())
+                self._world.ask(state.ended, begun["by"], f"it won A/B test {state.rollout}", forced=forced)
             self._record(
                 Kind.WITHDRAWN, {"zero_weight_s": round(self._seen.unrouted_s, 4), "watch": self._is_to_be_watched()}
             )

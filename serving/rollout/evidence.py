@@ -40,7 +40,7 @@ class Report(BaseModel):
     Where entities are assigned, these four counters are empty and ``units`` tells of which entities they would be, each
     as soon as this gateway sees it; that several gateways see one is noticed where they come together.
 
-    In an A/B test ``arms`` are the requests that were assigned to each arm, the champion's first, or ``members`` the
+    In an A/B test ``arms`` are the instances that were assigned to each arm, the champion's first, or ``members`` the
     digests of entities that were; ``served``, ``harmed`` and ``accidents`` are those of all variants.
     """
 
@@ -164,7 +164,8 @@ class Evidence:
 
     def resumed(self) -> Evidence:
         """Without what pauses a rollout: whoever resumes it has looked at that. Its tests begin anew."""
-        return replace(self, ratio={}, arms=(), skew=None, seen=0, degraded=0)
+        known = {name: units for name, units in self.known.items() if name != _ARMS}
+        return replace(self, ratio={}, arms=(), skew=None, seen=0, degraded=0, known=known)
 
     @property
     def entities(self) -> int:
@@ -206,13 +207,13 @@ class _Named:
 
     def members(self, arms: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """How many entities of each arm were not seen before."""
-        had, counts = self.known.get(_ARMS, frozenset()), []
+        had, seen, counts = self.known.get(_ARMS, frozenset()), set[int](), []
         for given in arms:
-            new = set(given) - had
+            new = set(given) - had - seen
             counts.append(len(new))
-            had |= new
-        if arms:
-            self.known[_ARMS] = had
+            seen |= new
+        if seen:
+            self.known[_ARMS] = had | seen
         return tuple(counts)
 
     def _new(self, name: str, pair: tuple[Iterable[int], Iterable[int]]) -> tuple[set[int], set[int]]:

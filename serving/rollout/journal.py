@@ -22,14 +22,14 @@ class Situation:
 
     ``sequence`` is that of the last entry. ``fields`` are the policy of a rollout, or the definition of an A/B test, as
     journalled: it is read when it is needed, so that one of long ago, which the present code may not know, stands in
-    nobody's way. ``tested`` is the version that was champion when the test began.
+    nobody's way. ``begun`` is all that was journalled when it began.
     """
 
     state: State = field(default_factory=State)
     evidence: Evidence = field(default_factory=Evidence)
     fields: Mapping[str, Any] = field(default_factory=dict)
     sequence: int = 0
-    tested: str | None = None
+    begun: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def policy(self) -> ReleasePolicy:
@@ -41,17 +41,23 @@ class Situation:
         """The last A/B test that began; raises pydantic's ``ValidationError`` when it no longer fits."""
         return ABTest.model_validate(self.fields)
 
+    @property
+    def tested(self) -> str:
+        """The version that was champion when the last A/B test began."""
+        found: str = self.begun["champion"]
+        return found
+
     def after(self, entry: JournalEntry) -> Situation:
         """The situation after one more entry; raises ``NotAllowed`` for an event that does not fit."""
         kind, payload = Kind(entry.kind), entry.payload
         state, evidence, fields = step(self.state, kind, payload), self.evidence, self.fields
-        tested = self.tested
+        begun = self.begun
         match kind:
             case Kind.STARTED:
-                fields, tested = payload["policy"], None
+                fields, begun = payload["policy"], payload
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us)
             case Kind.TEST_STARTED:
-                fields, tested = payload["test"], payload["champion"]
+                fields, begun = payload["test"], payload
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us)
             case Kind.TEST_RESULTS:
                 evidence = replace(evidence, results=(*evidence.results, results_of(payload)))
@@ -67,7 +73,7 @@ class Situation:
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us, sequences=evidence.sequences)
             case Kind.RESUMED:
                 evidence = evidence.resumed()
-        return Situation(state, evidence, fields, entry.sequence, tested)
+        return Situation(state, evidence, fields, entry.sequence, begun)
 
 
 def replay(entries: Iterable[JournalEntry], before: Situation | None = None) -> Situation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import ray
@@ -74,14 +75,19 @@ class Rollouts:
     def start_test(self, test: ABTest, *, by: str, force: bool, reason: str) -> dict[str, Any]:
         """Begins an A/B test; ``Problem`` 409 when a version may not answer, or something else is being tried."""
         registry = Registry(self._settings)
+        allowed = partial(
+            releases.may_answer, self._usecase, force=force, reason=reason, database=self._database, registry=registry
+        )
         try:
-            for version in test.versions:
-                releases.may_answer(
-                    self._usecase, version, force=force, reason=reason, database=self._database, registry=registry
-                )
+            forced = [version for version in test.versions if allowed(version)]
         except releases.ReleaseError as error:
             raise Problem(409, "The A/B test cannot begin", str(error)) from error
-        self._say("start_test", test.model_dump(mode="json"), by, reason)
+        self._say("start_test", test.model_dump(mode="json"), by, reason, forced)
+        return self.test()
+
+    def command_test(self, name: str, *, by: str, reason: str) -> dict[str, Any]:
+        """``command`` for the A/B test that runs; ``Problem`` 409 when none does."""
+        self._say("command", name, by, reason, True)
         return self.test()
 
     def _test_situation(self) -> Situation:

@@ -16,6 +16,8 @@ from serving.rollout.journal import Situation
 from serving.rollout.projections import describe_test
 
 _COLUMNS = ("version", "units", "mean", "difference to the champion", "from", "to", "finding")
+_POINTS = 200
+"""More would be seen by nobody, and the process that draws them answers predictions."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: right }
@@ -29,7 +31,7 @@ def report(usecase: str, situation: Situation, now_us: int) -> str:
     A definition that the present code does not know raises pydantic's ``ValidationError``.
     """
     described = describe_test(situation, now_us)
-    test, champion = situation.test, situation.tested or ""
+    test, champion = situation.test, situation.tested
     results = situation.evidence.results
     named = f"A/B test {described['test']} of {usecase}"
     final = compare(test, champion, results[-1].arms if results else ())
@@ -40,8 +42,8 @@ def report(usecase: str, situation: Situation, now_us: int) -> str:
         "outcomes through": _moment(described["at_us"]) if described["at_us"] else "none yet",
         "state": _state(described),
         "measured": f"the mean {test.measure.value} of each {of}; the {wanted} the better",
-        "confidence": f"{test.confidence:.0%} for all variants together, at any time; asymptotic",
-        "assigned units": ", ".join(
+        "confidence": f"{100 * test.confidence:.6g}% for all variants together, at any time; asymptotic",
+        "assigned units since it began or was resumed": ", ".join(
             f"{version}: {count:,}"
             for version, count in zip((champion, *test.versions), described["assigned"], strict=False)
         )
@@ -86,10 +88,12 @@ def _moment(moment_us: int) -> str:
 
 def _plot(situation: Situation) -> str:
     """The confidence sequence of every variant as an SVG element, one below the other."""
-    test, champion, results = situation.test, situation.tested or "", situation.evidence.results
+    test, champion, results = situation.test, situation.tested, situation.evidence.results
     began, day = situation.evidence.started_us, 86_400e6
     figure = Figure(figsize=(9, 2.4 * len(test.versions) + 0.6), layout="constrained")
-    series = [(result.at_us, compare(test, champion, result.arms)) for result in results]
+    step = -(-len(results) // _POINTS)
+    shown = results[::-1][::step][::-1]  # the last one is among them
+    series = [(result.at_us, compare(test, champion, result.arms)) for result in shown]
     for place, version in enumerate(test.versions):
         known = [(at, found[place]) for at, found in series if math.isfinite(found[place].high)]
         axes = figure.add_subplot(len(test.versions), 1, place + 1)

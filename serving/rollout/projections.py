@@ -98,7 +98,7 @@ def describe_test(situation: Situation, now_us: int) -> dict[str, Any]:
 
 def _compared(situation: Situation, now_us: int) -> dict[str, Any]:
     """What can only be said of a test whose definition is known."""
-    state, evidence, test, champion = situation.state, situation.evidence, situation.test, situation.tested or ""
+    state, evidence, test, champion = situation.state, situation.evidence, situation.test, situation.tested
     arms = evidence.results[-1].arms if evidence.results else ()
     figures = ("mean", "difference", "low", "high")
     found: dict[str, Any] = {

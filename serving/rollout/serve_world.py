@@ -105,9 +105,9 @@ class ServeWorld:
             else:
                 self._alerts.resolve(name, self._usecase, "the release has moved on")
 
-    def ask(self, version: str, reason: str) -> None:
-        """Has the release of a version asked for, unless it is already and has not begun."""
-        payload = {"requested_by": "ab-test", "reason": reason, "forced": False, "policy": None}
+    def ask(self, version: str, by: str, reason: str, *, forced: bool) -> None:
+        """Has the release of a version asked for, unless it is already and has not begun; ``forced`` past its gates."""
+        payload = {"requested_by": by, "reason": reason, "forced": forced, "policy": None}
         self._database.request_release(self._usecase, version, payload, self._clock.now(), again=True)
 
     def next_request(self) -> ReleaseRequest | None:

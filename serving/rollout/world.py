@@ -53,8 +53,8 @@ class World(Protocol):
         """Has these alerts open, by name and detail, and no other of the rollout's."""
         ...
 
-    def ask(self, version: str, reason: str) -> None:
-        """Has the release of a version asked for, unless it is already and has not begun."""
+    def ask(self, version: str, by: str, reason: str, *, forced: bool) -> None:
+        """Has the release of a version asked for, unless it is already and has not begun; ``forced`` past its gates."""
         ...
 
     def next_request(self) -> ReleaseRequest | None:

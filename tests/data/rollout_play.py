@@ -126,7 +126,8 @@ class FakeWorld:
         for _ in self._changes():
             self.alerts = alerts
 
-    def ask(self, version: str, reason: str) -> None:
+    def ask(self, version: str, by: str, reason: str, *, forced: bool) -> None:
+        assert by == "someone"
         for _ in self._changes():
             if version not in self.open:
                 self.open.append(version)
@@ -229,6 +230,13 @@ class Play:
             self.world.followed[GATEWAY] = epoch
             self._survive(lambda: self.controller.exchange(GATEWAY, epoch, prepared, {}, None, 0.0))  # noqa: B023
 
+    def end(self) -> None:
+        """Turns until nothing is being taken down any more, and not one more."""
+        while self.controller.state.phase is Phase.WITHDRAWING:
+            self.world.followed[GATEWAY] = epoch = self.world.routed.epoch if self.world.routed else 0
+            self._survive(lambda: self.controller.exchange(GATEWAY, epoch, [], {}, None, 0.0))  # noqa: B023
+            self._survive(lambda: self.controller.turn())
+
     def report(self, **counters: Any) -> None:
         """What the gateway sends, again and again until it is acknowledged; nothing where nothing is judged."""
         rollout = self.controller.state.rollout
@@ -295,6 +303,7 @@ STEPS = {
     "abort": lambda play: play.command("abort"),
     "revert": lambda play: play.command("revert"),
     "test": lambda play: play.test(),
+    "end": lambda play: play.end(),
     "even": lambda play: play.report(arms=(500, 300, 200), served=500),
     "uneven": lambda play: play.report(arms=(800, 200, 200)),
     "better variant": lambda play: play.results(5.0, 5.0, 4.0),
@@ -324,6 +333,7 @@ STORIES = [
     ["settle", "test", "ask", "test", "settle", "harm", "abort", "settle", "test", "abort"],
     ["settle", *APPROVED, "test", "settle", "unclear", "day", "day", "settle", "revert", "test", "pause", "day", "day"],
     ["settle", *APPROVED, "test", "settle", "revert", "settle", "test"],
+    [*SHADOWED, "abort", "end", "test", "settle", "abort", "settle"],
     ["settle", "ask oddly", "ask oddly", "ask", "settle", "abort", "settle", "ask oddly"],
 ]
 
@@ -367,7 +377,7 @@ def _replayed_test_decision(before: Situation, entry: JournalEntry) -> list[Kind
     """The kind of what the evidence of an A/B test led to, found to follow from it; nothing for anything else."""
     if entry.kind not in (Kind.TEST_ENDED, Kind.PAUSED) or "does not run" in entry.payload["reason"]:
         return []
-    again = comparison.verdict(before.test, before.tested or "", before.state.paused, before.evidence, entry.at_us)
+    again = comparison.verdict(before.test, before.tested, before.state.paused, before.evidence, entry.at_us)
     assert again.reason == entry.payload["reason"]
     assert again.pause == (entry.kind == Kind.PAUSED)
     assert (again.outcome, again.winner) == (entry.payload.get("outcome"), entry.payload.get("winner"))

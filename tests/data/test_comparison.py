@@ -130,4 +130,4 @@ def test_what_gateways_count_of_arms_adds_up_and_an_entity_counts_once() -> None
     assert named.arms == (3, 1, 1)
     resumed = named.resumed()
     assert resumed.arms == ()
-    assert resumed.with_report(report("a", 3, members=((1, 9), (), ()))).arms == (1, 0, 0)
+    assert resumed.with_report(report("a", 3, members=((1, 9), (), ()))).arms == (2, 0, 0), "they are named again"

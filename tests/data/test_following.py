@@ -47,6 +47,7 @@ class Surroundings:
     tries: int = 0
     broken: bool = False
     away: bool = False
+    odd: dict[str, Any] | None = None
     ready: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)  # the ways to versions, in their order
     loaded: threading.Event = field(default_factory=threading.Event)
@@ -64,6 +65,8 @@ class Surroundings:
         if self.away:
             raise RayError("the controller is away")
         self.calls.append(Call(epoch, prepared, refused, self.tries))
+        if self.odd is not None:
+            return self.odd
         try:
             return self.tables.get(timeout=0.01).model_dump(mode="json")
         except queue.Empty:
@@ -303,6 +306,21 @@ def test_a_test_is_taken_part_in_when_all_its_versions_can_be_asked_and_no_longe
     around.tables.put(table(10, split=SPLIT.model_copy(update={"test": 3})))
     until(lambda: follower.serving.table.epoch == 10 and follower.serving.split is not None)
     assert around.made == ["2", "3"] * 3, "another test has other applications, though of the same names"
+
+
+def test_a_table_of_other_code_is_not_followed_and_the_last_one_goes_on_answering(around, follower):
+    around.odd = {**FIRST, "epoch": 6, "mood": "bad"}
+    until(lambda: follower.failure is not None and "epoch 6 is not one of this code: mood" in follower.failure)
+    assert follower.alive()
+    assert (follower.serving.table, follower.serving.champion.version) == (table(5), "1")
+    around.odd = None
+    around.tables.put(table(7, previous="1"))
+    until(lambda: follower.serving.table == table(7, previous="1"))
+    assert follower.failure is None
+    around.away = True
+    around.database.put_routing("aqua", 5, {**FIRST, "mood": "bad"})
+    until(lambda: follower.failure is not None)
+    assert follower.alive()
 
 
 def test_without_the_controller_newer_tables_come_from_the_database(around, follower):

@@ -172,6 +172,52 @@ def test_a_variant_that_ran_and_is_away_for_a_moment_is_deployed_again(database)
     assert play.controller.state.outcome is Outcome.LOST
 
 
+def test_a_variant_that_is_being_replaced_while_somebody_pauses_ends_nothing(database):
+    play = played(database, world=FakeWorld(open=["1"]))
+    play.settle()
+    play.world.broken = frozenset({"8"})
+    for step in ("pause", "settle", "resume", "settle"):
+        STEPS[step](play)
+    assert play.controller.state.phase is Phase.TESTING
+    STEPS["even"](play)  # some of which variants answered
+    play.controller = Controller(play.use_case, play.journal, play.world, play.clock, real=play._tick, draw=lambda: "t")
+    play.settle()
+    assert play.controller.state.phase is Phase.TESTING, "nor does a controller that knows of it by the journal alone"
+
+
+def test_a_test_that_begins_at_once_takes_up_no_release_that_has_ended(database):
+    play = play_out(database, "at once", ["settle", "ask", "settle"], [], frozenset())
+    for step in ("abort", "end", "test", "settle", "abort", "settle", "settle"):
+        STEPS[step](play)
+    started = [entry.payload["version"] for entry in play.journal.read() if entry.kind == Kind.STARTED]
+    assert started == ["2"]
+    assert (play.controller.state.phase, play.world.open, play.world.closed["2"]) == (Phase.IDLE, [], "aborted")
+
+
+def test_a_winner_that_was_forced_into_the_test_is_asked_for_as_forced(database):
+    asked = []
+
+    class Listening(FakeWorld):
+        def ask(self, version: str, by: str, reason: str, *, forced: bool) -> None:
+            asked.append((version, by, reason, forced))
+
+    for forced in ((), ("9",)):
+        world = Listening(open=["1"])
+        play = Play(world, FragileJournal(database, f"forced{len(forced)}", world))
+        play.settle()
+        play.controller.start_test(TEST, "someone", "a try", forced)
+        for step in ("settle", "even", "wait", "better variant", "settle"):
+            STEPS[step](play)
+    assert set(asked) == {("9", "someone", "it won A/B test 1", False), ("9", "someone", "it won A/B test 1", True)}
+
+
+def test_a_word_that_is_meant_for_a_test_steers_nothing_else(database):
+    play = play_out(database, "steered", ["settle", "ask", "settle"], [], frozenset())
+    with pytest.raises(NotAllowed, match="no A/B test is running: the release is shadow"):
+        play.controller.command("abort", "someone", "", of_test=True)
+    assert play.controller.state.phase is Phase.SHADOW
+
+
 def test_going_back_to_the_previous_champion_ends_it(database):
     play = play_out(database, "back", ["settle", *USUAL, "test", "settle", "revert"], [], frozenset())
     state = play.controller.state

@@ -46,7 +46,7 @@ def test_places_fall_to_versions_by_their_shares_and_the_rest_to_the_champion() 
     one, _ = split()
     assert one.versions == ("1", "2", "3")
     keys = [f"k{i}" for i in range(20_000)]
-    arms = np.concatenate([one.assign(key, ["e"]) for key in keys])
+    arms = np.concatenate([one.assign(one.units(key, ["e"])) for key in keys])
     places = np.array([place(f"{key}/0", "s") for key in keys])
     assert (arms == np.where(places < 0.3, 1, np.where(places < 0.5, 2, 0))).all()
     assert np.bincount(arms).tolist() == pytest.approx([10_000, 6_000, 4_000], rel=0.03)
@@ -55,17 +55,17 @@ def test_places_fall_to_versions_by_their_shares_and_the_rest_to_the_champion() 
 def test_a_place_on_the_border_is_the_next_versions() -> None:
     one, _ = split()
     one._upto = np.array([place("k/0", "s"), 0.999])
-    assert one.assign("k", ["e"]).tolist() == [2]
+    assert one.assign(one.units("k", ["e"])).tolist() == [2]
 
 
 def test_an_entity_keeps_its_version_whatever_the_request() -> None:
     one, _ = split(by_entity=True)
     entities = [f"e{i}" for i in range(500)]
-    arms = one.assign("some key", entities)
+    arms = one.assign(one.units("some key", entities))
     assert set(arms.tolist()) == {0, 1, 2}
-    assert (one.assign("another", entities[::-1])[::-1] == arms).all()
+    assert (one.assign(one.units("another", entities[::-1]))[::-1] == arms).all()
     by_instance, _ = split()
-    assert not (by_instance.assign("some key", entities) == arms).all()
+    assert not (by_instance.assign(by_instance.units("some key", entities)) == arms).all()
 
 
 def test_every_instance_has_the_answer_of_its_version() -> None:

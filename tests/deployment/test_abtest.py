@@ -110,18 +110,20 @@ def test_where_entities_are_assigned_a_district_keeps_its_version_until_the_test
 
     until(lambda: all(one in versions() for _ in range(10)), "a variant answers at every gateway", 90)
     assert len({versions() for _ in range(10)}) == 1
-    assert client.rollout_command("pause", "to look at it").paused
+    assert client.ab_command("pause", "to look at it").paused
     until(lambda: all(one not in versions() for _ in range(10)), "the champion answers all while it is paused", 10)
-    client.rollout_command("resume", "seen")
+    client.ab_command("resume", "seen")
     until(lambda: one in versions(), "it goes on", 30)
     said = tidegate(demo, "ab", "aqua", "abort", "--reason", "seen enough")
     assert said.returncode == 0, said.stderr
     until(lambda: client.rollout().phase in SETTLED, "it is over")
     assert client.ab_test().outcome == "aborted"
     assert replicas(demo, "aqua") == gateways, "no gateway was replaced"
+    with pytest.raises(TidegateError, match=r"409 .*no A/B test is running"):
+        client.ab_command("abort", "once more")
 
 
-def test_a_test_that_cannot_be_is_refused_with_the_reason(demo, client):
+def test_a_test_that_cannot_be_is_refused_with_the_reason(demo, client, tmp_path):
     champion = client.rollout().champion
     for version, why in ((champion, "is the champion"), ("99999", "99999")):
         with pytest.raises(TidegateError, match=f"409 The A/B test cannot begin.*{why}"):
@@ -134,3 +136,16 @@ def test_a_test_that_cannot_be_is_refused_with_the_reason(demo, client):
         said: subprocess.CompletedProcess[str] = tidegate(demo, "ab", "aqua", "start", *options)
         assert said.returncode == 1
         assert f"that is no A/B test: {why}" in said.stderr
+    page = tmp_path / "test.json"
+    for text, why in (
+        (None, "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"variants": []}', "leave one of them out"),
+    ):
+        if text is not None:
+            page.write_text(text)
+        said = tidegate(demo, "ab", "aqua", "start", "--variant", "2=0.5", "--definition", str(page))
+        assert said.returncode == 1
+        assert str(page) in said.stderr
+        assert why in said.stderr

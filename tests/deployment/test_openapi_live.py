@@ -67,7 +67,7 @@ def test_generated_requests_are_answered_as_the_document_says(case, gateway):
 def test_every_operation_was_asked_and_took_valid_requests(document):
     assert set(asked) == set(operations(document))
     # Nothing is there to be released or tested.
-    operators = {"POST /rollout/start", "POST /rollout/{command}", "POST /ab/start"}
+    operators = {"POST /rollout/start", "POST /rollout/{command}", "POST /ab/start", "POST /ab/{command}"}
     refused = {label for label, statuses in asked.items() if 200 not in statuses}
     nothing = {"GET /rollout/differences", "GET /ab", "GET /ab/report"}
     assert refused == {"POST /dimensions/{name}/events", *nothing, *operators}
@@ -105,7 +105,7 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
             assert answer.status_code == 200, (method, path, answer.text)
             return answer.json()
 
-        tests = {"POST /ab/start", "GET /ab", "GET /ab/report"}
+        tests = {"POST /ab/start", "POST /ab/{command}", "GET /ab", "GET /ab/report"}
         last = {"POST /dimensions/{name}/events", "POST /rollout/start", "POST /rollout/{command}", *tests}
         last.add("GET /rollout/differences")
         found = operations(document)
@@ -125,4 +125,6 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
         assert send("POST", *example(found["POST /ab/start"], "/ab/start"))["running"]
         assert send("GET", "/ab", None)["variants"][0]["version"] == version
         assert "A/B test 2 of aqua" in client.ab_report()
-        client.rollout_command("abort", "the example was taken")
+        operation = {**found["POST /ab/{command}"], "parameters": []}
+        for command in ("pause", "resume", "abort"):
+            send("POST", *example(operation, f"/ab/{command}"))

@@ -34,6 +34,7 @@ NEEDS = {
     "GET /ab": Scope.READ,
     "GET /ab/report": Scope.READ,
     "POST /ab/start": Scope.RELEASE,
+    "POST /ab/{command}": Scope.RELEASE,
     "GET /healthz": None,
     "GET /readyz": None,
 }
