@@ -210,7 +210,12 @@ def make_artifact(
         output=Output(field=field.name, unit=field.unit, horizon_us=microseconds(model.target.horizon)),
         shape=asdict(fitted.network.shape),
         snapshot=asdict(snapshot),
-        training={"losses": fitted.losses, "rows": fitted.rows, "seconds": round(fitted.seconds, 3)},
+        training={
+            "losses": fitted.losses,
+            "rows": fitted.rows,
+            "seconds": round(fitted.seconds, 3),
+            "contract": contract.model_dump(mode="json"),  # what a later one is held against
+        },
         code=code_fingerprint(),
         versions={name: importlib.metadata.version(name) for name in _VERSIONED}
         | {"python": platform.python_version()},

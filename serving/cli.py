@@ -81,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = kinds.add_parser("show", help="what state holds for an entity: value, status and age of every feature")
     show.add_argument("usecase")
     show.add_argument("entity")
+    contract = commands.add_parser(
+        "contract", help="show a contract, tell what a change of it breaks, check it", add_help=False
+    )
+    contract.add_argument("arguments", nargs=argparse.REMAINDER)
     demo = commands.add_parser("demo", help="the main job on real data, on a cluster of its own")
     demo.add_argument("usecase", nargs="?", default="aqua")
     demo.add_argument("--home", type=Path, help="where the demo keeps everything (default var/demo); emptied first")
@@ -261,6 +265,12 @@ def _said(options: argparse.Namespace, act: Callable[[Client], BaseModel]) -> in
     return 0
 
 
+def _contract(options: argparse.Namespace) -> int:
+    from pipelines import contract
+
+    return contract.main(options.arguments, prog="tidegate contract")
+
+
 def _features(options: argparse.Namespace) -> int:
     from pipelines import audit, backfill, usecases
 
@@ -303,5 +313,6 @@ _COMMANDS = {
     "deploy": _deploy,
     "rollout": _rollout,
     "ab": _ab,
+    "contract": _contract,
     "features": _features,
 }

@@ -1,0 +1,161 @@
+"""``tidegate contract``: shows the contract of a page, tells what a change of it breaks, and checks it beforehand.
+
+A contract is named by its use case, or by a file that ``tidegate contract show`` has written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cluster.database import Database
+from cluster.settings import Settings
+from pipelines import usecases
+from pipelines.contracts.evolution import Change, diff, enough, required_version
+from pipelines.contracts.lineage import Use, lineage
+from pipelines.spec import Contract, UseCase
+from pipelines.training.artifact import load
+from pipelines.training.registry import Registry
+
+
+class NoContract(ValueError):
+    """There is no such contract; the message says what was looked for and where."""
+
+
+def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
+    """The command; 1 when a check fails."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    show = actions.add_parser("show", help="the contract of a page as JSON")
+    show.add_argument("usecase")
+    told = actions.add_parser("diff", help="what changes from one contract to another, and whom that breaks")
+    told.add_argument("old", help="a use case or a file")
+    told.add_argument("new", help="a use case or a file")
+    check = actions.add_parser("check", help="fail on a change that needs another version, or breaks the champion")
+    check.add_argument("usecase")
+    check.add_argument("--against", help="a file (default: the contract that the champion was trained under)")
+    options = parser.parse_args(arguments)
+    try:
+        match options.action:
+            case "show":
+                lines, fine = [usecases.load(options.usecase).contract.model_dump_json(indent=1)], True
+            case "diff":
+                lines, fine = told_of(options.old, options.new), True
+            case _:
+                lines, fine = checked(usecases.load(options.usecase), options.against)
+    except NoContract as error:
+        sys.stderr.write(f"tidegate: {error}\n")
+        return 1
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0 if fine else 1
+
+
+def read_contract(name: str) -> Contract:
+    """The contract of a use case or of a file; raises ``NoContract``."""
+    if name in usecases.names():
+        return usecases.load(name).contract
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(usecases.names())
+        raise NoContract(f"{name!r} is neither a use case ({known}) nor a file that can be read: {error}") from error
+    try:
+        return Contract.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise NoContract(f"{name} holds no contract: {where}: {first['msg']}") from error
+
+
+def affected(changes: Iterable[Change], uses: Iterable[Use]) -> tuple[Use, ...]:
+    """The uses that breaking changes reach: those of their fields, or all where the whole contract breaks."""
+    broken = [change for change in changes if change.breaking]
+    everything = any(change.kind in ("entity_changed", "time_changed", "key_changed") for change in broken)
+    fields = {change.field for change in broken}
+    return tuple(use for use in uses if everything or use.field in fields)
+
+
+def told_of(old: str, new: str) -> list[str]:
+    """What changes from one contract to another, each a line, and what of a page that is breaks."""
+    before, after = read_contract(old), read_contract(new)
+    changes = diff(before, after)
+    required = required_version(before.version, changes)
+    lines = [str(change) for change in changes]
+    lines.append(f"{len(changes)} changes: after {before.version} comes at least {required}; it is {after.version}")
+    page = next((name for name in (old, new) if name in usecases.names()), None)
+    if page is not None:
+        uses = affected(changes, lineage(usecases.load(page)))
+        versions = _versions(page) if uses else {}
+        for use in uses:
+            known = ", ".join(versions.get(use.view, ())) or "none"
+            reached = f"{use.field} → {', '.join(use.columns)}"
+            lines.append(f"view {use.name} ({use.view}), model versions {known}: {reached}")
+    return lines
+
+
+def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
+    """What is wrong with the contract of a page after that of ``against`` (None: of its champion), and whether nothing
+    is: it needs another version, or a breaking change reaches the view that the champion answers from.
+    """
+    champion = _champion(use_case.name)
+    if against is not None:
+        before = read_contract(against)
+    elif champion is None:
+        raise NoContract(f"{use_case.name!r} has no champion yet to check against: give --against FILE")
+    elif champion.contract is None:
+        raise NoContract(f"version {champion.version}, the champion, keeps no contract: give --against FILE")
+    else:
+        before = champion.contract
+    new, changes = use_case.contract, diff(before, use_case.contract)
+    required, lines = required_version(before.version, changes), []
+    if not enough(new.version, required):
+        breaking = [change for change in changes if change.breaking] or list(changes)
+        lines.append(f"version {new.version} must be at least {required}, for {len(changes)} changes:")
+        lines += [f"  {change}" for change in breaking]
+    if champion is not None:
+        for use in affected(changes, lineage(use_case)):
+            if use.view == champion.view:
+                reached = f"{use.field} → {', '.join(use.columns)}"
+                lines.append(f"it would break the champion, version {champion.version}: {reached}")
+    fine = not lines
+    said = f"{use_case.name}: {len(changes)} changes after version {before.version}, and nothing that breaks unsaid"
+    return ([said] if fine else lines), fine
+
+
+@dataclass(frozen=True)
+class _Champion:
+    """The version that answers, the contract that it was trained under, if it keeps it, and its view."""
+
+    version: str
+    contract: Contract | None
+    view: str
+
+
+def _champion(usecase: str) -> _Champion | None:
+    settings = Settings.from_environment()
+    database = Database(settings.database_url)
+    database.create()
+    routing = database.routing(usecase)
+    if routing is None:
+        return None
+    version: str = routing.document["champion"]
+    page = load(Registry(settings).download(usecase, version, settings.cache_dir / "models"))
+    kept = page.training.get("contract")
+    return _Champion(version, None if kept is None else Contract.model_validate(kept), page.view)
+
+
+def _versions(usecase: str) -> dict[str, list[str]]:
+    """The registered versions by the view that they were trained on."""
+    found: dict[str, list[str]] = {}
+    for version in Registry(Settings.from_environment()).versions(usecase):
+        found.setdefault(version.tags.get("view", ""), []).append(version.version)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

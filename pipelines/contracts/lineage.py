@@ -1,0 +1,71 @@
+"""Which features, views and model columns are made of which field of a contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.features.derived import traces
+from pipelines.features.windows import pages
+from pipelines.spec import FeatureView, UseCase
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one view makes of a field: ``columns`` that are made of it, derived ones included, in the view's order.
+
+    ``view`` is the view's fingerprint, by which versions name it.
+    """
+
+    field: str
+    view: str
+    name: str
+    columns: tuple[str, ...]
+
+
+def lineage(use_case: UseCase) -> tuple[Use, ...]:
+    """The uses of every field of the contract by every view of the page, in the order of views and fields.
+
+    Entity and time are in every column of a view that is made of events, and the target in what a version learns.
+    """
+    found = []
+    for fingerprint, page in pages(use_case).items():
+        for field in use_case.contract.fields:
+            columns = _columns(page, field.name)
+            if columns:
+                found.append(Use(field.name, fingerprint, page.view.name, columns))
+    return tuple(found)
+
+
+def _columns(page: UseCase, field: str) -> tuple[str, ...]:
+    view, contract = page.view, page.contract
+    if field in (contract.entity, contract.time):
+        direct = {*view.stored, *view.calendar_columns}
+    else:
+        direct = _direct(view, field)
+    if field in view.inputs:
+        direct.add(field)
+    if field == contract.entity and field in page.model.categorical:
+        direct.add(field)
+    for name, found in traces(view).items():
+        if direct.intersection(found.arguments):
+            direct.add(name)
+    if field == page.model.target.field:
+        direct.add(f"target {field}")
+    order = (*view.stored, *view.inputs, *view.calendar_columns, *(derived.name for derived in view.derived))
+    places = {name: place for place, name in enumerate(order)}
+    return tuple(sorted(direct, key=lambda name: (places.get(name, len(order)), name)))
+
+
+def _direct(view: FeatureView, field: str) -> set[str]:
+    """The stored columns of a field that is neither entity nor time."""
+    found = {window.feature(fold) for window in view.windows if window.field == field for fold in window.folds}
+    found |= {lag.feature for lag in view.lags if lag.field == field}
+    for near in view.neighbours:
+        if field in near.asked:  # it says who is a neighbour, so all of its features follow from it
+            found.update(near.features)
+        elif field in near.fields:
+            found.update(f"{near.name}_{field}_{fold}" for fold in near.folds)
+    for dimension in view.dimensions:
+        if field == dimension.key:
+            found.update(dimension.features)
+    return found

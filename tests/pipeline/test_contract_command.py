@@ -1,0 +1,110 @@
+"""``tidegate contract`` on real pages, files and a registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.database import Database
+from cluster.settings import Settings
+from pipelines import contract as command
+from pipelines import usecases
+from pipelines.features.windows import pages
+from pipelines.training.artifact import load, write_page
+from pipelines.training.registry import Registry
+from serving import routing
+from serving.cli import main as tidegate
+from tests.model.test_artifact import make
+
+AQUA = usecases.load("aqua")
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Settings:
+    monkeypatch.setenv("TIDEGATE_HOME", str(tmp_path / "home"))
+    return Settings.from_environment()
+
+
+def write(path: Path, **changes: Any) -> str:
+    """A file with the contract of aqua, its top level changed; ``inflow`` changes that field."""
+    document = json.loads(AQUA.contract.model_dump_json())
+    for field in document["fields"]:
+        if field["name"] == "inflow":
+            field.update(changes.pop("inflow", {}))
+    path.write_text(json.dumps({**document, **changes}))
+    return str(path)
+
+
+def champion(settings: Settings, folder: Path, contract: dict[str, Any] | None) -> str:
+    """A champion of aqua's view that was trained under a contract."""
+    make(folder)
+    training = {} if contract is None else {"contract": contract}
+    changes = {"use_case": "aqua", "view": next(iter(pages(AQUA))), "training": training}
+    write_page(folder, load(folder).model_copy(update=changes))
+    version = Registry(settings).register(folder, gates={}, gates_passed=True, params={}, metrics={}).version
+    database = Database(settings.database_url)
+    database.create()
+    routing.publish(database, "aqua", None, {"champion": version})
+    return version
+
+
+def test_show_writes_what_diff_reads_as_the_same(settings, tmp_path, capsys) -> None:
+    assert tidegate(["contract", "show", "aqua"]) == 0
+    path = tmp_path / "shown.json"
+    path.write_text(capsys.readouterr().out)
+    assert command.read_contract(str(path)) == AQUA.contract
+    assert tidegate(["contract", "diff", str(path), "aqua"]) == 0
+    assert capsys.readouterr().out == f"0 changes: after 1.0.0 comes at least 1.0.0; it is {AQUA.contract.version}\n"
+
+
+def test_diff_names_changes_views_and_versions(settings, tmp_path, capsys) -> None:
+    version = champion(settings, tmp_path / "artifact", None)
+    old = write(tmp_path / "old.json", inflow={"maximum": 900.0}, owner="others")
+    assert tidegate(["contract", "diff", old, "aqua"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("owner changed (others → ")
+    assert said[1].startswith("inflow: maximum lowered (900.0 → ")
+    assert said[2] == "2 changes: after 1.0.0 comes at least 2.0.0; it is 1.0.0"
+    (view,) = said[3:]
+    assert f"model versions {version}: inflow → inflow_last_1d" in view
+    assert view.endswith("target inflow")
+
+
+def test_check_fails_without_a_major_version_and_where_it_breaks_the_champion(settings, tmp_path, capsys) -> None:
+    before = json.loads(Path(write(tmp_path / "old.json", inflow={"maximum": 900.0})).read_text())
+    version = champion(settings, tmp_path / "artifact", before)
+    assert tidegate(["contract", "check", "aqua"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "version 1.0.0 must be at least 2.0.0, for 1 changes:"
+    assert said[1].startswith("  inflow: maximum lowered")
+    assert said[2].startswith(f"it would break the champion, version {version}: inflow → ")
+    unused = write(tmp_path / "unused.json", owner="others", version="0.9.0")
+    assert tidegate(["contract", "check", "aqua", "--against", unused]) == 0
+    assert capsys.readouterr().out == "aqua: 1 changes after version 0.9.0, and nothing that breaks unsaid\n"
+
+
+def test_a_change_of_words_needs_a_patch(settings, tmp_path, capsys) -> None:
+    old = write(tmp_path / "old.json", owner="others")
+    assert tidegate(["contract", "check", "aqua", "--against", old]) == 1
+    assert "must be at least 1.0.1" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_said(settings, tmp_path, capsys) -> None:
+    for arguments, told in (
+        (["check", "aqua"], "has no champion yet to check against"),
+        (["diff", str(tmp_path / "none.json"), "aqua"], "neither a use case (aqua, prop) nor a file"),
+    ):
+        assert tidegate(["contract", *arguments]) == 1
+        assert told in capsys.readouterr().err
+    path = tmp_path / "odd.json"
+    for text, told in (("{", "Invalid JSON"), ('{"name": "x"}', "version: Field required"), ("[]", "it: Input should")):
+        path.write_text(text)
+        assert tidegate(["contract", "diff", str(path), "aqua"]) == 1
+        assert f"{path} holds no contract" in (said := capsys.readouterr().err)
+        assert told in said
+    version = champion(settings, tmp_path / "artifact", None)
+    assert tidegate(["contract", "check", "aqua"]) == 1
+    assert f"version {version}, the champion, keeps no contract" in capsys.readouterr().err
