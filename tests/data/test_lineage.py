@@ -45,7 +45,10 @@ def test_every_stored_column_but_those_of_others_is_made_of_a_field_and_of_the_t
         for role in (page.contract.entity, page.contract.time):
             assert set(page.view.stored) <= by_field[role]
         plain = {f: c for f, c in by_field.items() if f not in (page.contract.entity, page.contract.time)}
-        assert set(page.view.stored) - set().union(*plain.values()) <= {"near_count", "near_distance"}
+        assert set(page.view.stored) <= set().union(*plain.values())
+        for near in page.view.neighbours:
+            for field in near.asked:
+                assert set(near.features) <= plain[field], "it says who is a neighbour"
         target = page.model.target.field
         assert f"target {target}" in by_field[target]
 
