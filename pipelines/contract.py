@@ -1,4 +1,5 @@
-"""``tidegate contract``: shows the contract of a page, tells what a change of it breaks, and checks it beforehand.
+"""``tidegate contract``: shows the contract of a page, tells what a change of it breaks, checks it beforehand, and
+sends quarantined rows through it again.
 
 A contract is named by its use case, or by a file that ``tidegate contract show`` has written.
 """
@@ -6,19 +7,23 @@ A contract is named by its use case, or by a file that ``tidegate contract show`
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from cluster.clock import open_clock
 from cluster.database import Database
 from cluster.settings import Settings
+from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.evolution import Change, diff, enough, required_version
 from pipelines.contracts.lineage import Use, lineage
-from pipelines.spec import Contract, UseCase
+from pipelines.replay import replay
+from pipelines.spec import Contract, EventSource, UseCase
 from pipelines.training.artifact import load
 from pipelines.training.registry import Registry
 
@@ -39,6 +44,11 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
     check = actions.add_parser("check", help="fail on a change that needs another version, or breaks the champion")
     check.add_argument("usecase")
     check.add_argument("--against", help="a file (default: the contract that the champion was trained under)")
+    again = actions.add_parser("replay", help="send quarantined rows through the contract again, each once")
+    again.add_argument("usecase")
+    again.add_argument("--rule", action="append", default=[], help="only rows that broke this rule; may be repeated")
+    again.add_argument("--load", action="append", default=[], help="only rows of this load; may be repeated")
+    again.add_argument("--dimension", help="rows of this dimension instead of events")
     options = parser.parse_args(arguments)
     try:
         match options.action:
@@ -46,6 +56,8 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
                 lines, fine = [usecases.load(options.usecase).contract.model_dump_json(indent=1)], True
             case "diff":
                 lines, fine = told_of(options.old, options.new), True
+            case "replay":
+                lines, fine = [_replay(usecases.load(options.usecase), options)], True
             case _:
                 lines, fine = checked(usecases.load(options.usecase), options.against)
     except NoContract as error:
@@ -125,6 +137,28 @@ def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
     fine = not lines
     said = f"{use_case.name}: {len(changes)} changes after version {before.version}, and nothing that breaks unsaid"
     return ([said] if fine else lines), fine
+
+
+def _replay(use_case: UseCase, options: argparse.Namespace) -> str:
+    source: EventSource = use_case
+    if options.dimension is not None:
+        known = {dimension.name: dimension for dimension in use_case.dimensions}
+        if options.dimension not in known:
+            raise NoContract(f"{use_case.name!r} has no dimension {options.dimension!r}; it has {sorted(known)}")
+        source = use_case.source(known[options.dimension])
+    settings = Settings.from_environment()
+    database = Database(settings.database_url)
+    database.create()
+    done = replay(
+        source,
+        tables=Tables(settings.tables_url, settings.storage_options),
+        database=database,
+        settings=settings,
+        clock=open_clock(settings),
+        broken=options.rule,
+        loads=options.load,
+    )
+    return json.dumps({**asdict(done), "accepted": done.accepted})
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,15 @@ def ingest(
     clock: Clock,
     load_id: str | None = None,
     engine: Literal["auto", "arrow", "ray"] = "auto",
+    known_from_us: int = 0,
 ) -> LoadReport:
     """Loads files, directories or s3:// URIs of .parquet, .csv and .jsonl into the use case's events table.
 
     A load is known by ``load_id`` (by default a hash of names and contents): one that ended before is only
     reported, one that was interrupted is completed as if it had not been. When more than the contract's
     share of rows is refused no event is published; all its rows are in the quarantine. ``auto`` is Ray above
-    ``settings.ray_rows`` rows if this process is connected to it.
+    ``settings.ray_rows`` rows if this process is connected to it. No row is taken to have been known before
+    ``known_from_us``, for rows that nobody could use until now.
 
     Events are committed before the quarantine: the two markers then tell an interrupted load's decision.
     """
@@ -90,6 +92,7 @@ def ingest(
         staging=f"{staging}/{uuid.uuid4().hex}",
         names=tuple(file.name for file in found),
         buckets=settings.buckets,
+        known_from_us=known_from_us,
     )
     chosen = _engine(engine, found, settings, options)
     splits = sources.split(found, options)

@@ -41,7 +41,9 @@ def quarantine_table(source: EventSource) -> str:
 
 @dataclass(frozen=True)
 class LoadContext:
-    """What every task of a load needs. ``staging`` is the URI that this run of the load stages below."""
+    """What every task of a load needs. ``staging`` is the URI that this run of the load stages below. No row is taken
+    to have been known before ``known_from_us``.
+    """
 
     contract: Contract
     events: str
@@ -52,6 +54,7 @@ class LoadContext:
     staging: str
     names: tuple[str, ...]
     buckets: int
+    known_from_us: int = 0
 
 
 @dataclass(frozen=True)
@@ -313,6 +316,7 @@ def _event_rows(context: LoadContext, table: pa.Table, bucket: int) -> pa.Table:
     table = table.append_column("_order", pa.array(events.event_order(table.column(events.EVENT_ID).to_pylist())))
     table = table.sort_by([(name, "ascending") for name in (contract.entity, contract.time, "_order")])
     known = pc.add(table.column(contract.time).cast(pa.int64()), microseconds(contract.delay))
+    known = pc.max_element_wise(known, pa.scalar(context.known_from_us, pa.int64()))
     columns = {
         **{field.name: table.column(field.name) for field in contract.fields},
         events.EVENT_ID: table.column(events.EVENT_ID),

@@ -1,0 +1,184 @@
+"""Quarantined rows go through their contract again, each once, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import contract as command
+from pipelines import replay as module
+from pipelines.contracts import enforce, events
+from pipelines.replay import Replayed, replay, replayed_table
+from pipelines.spec import UseCase
+from tests.pipeline.loads import USE_CASE, World, everything, readings, world
+
+
+def limited(maximum: float, version: str = "1.0.0") -> UseCase:
+    """The page whose contract refuses an inflow above ``maximum``, and no load."""
+    contract = USE_CASE.contract
+    fields = tuple(f.model_copy(update={"maximum": maximum}) if f.name == "inflow" else f for f in contract.fields)
+    changes = {"fields": fields, "version": version, "max_rejected_share": 1.0}
+    return USE_CASE.model_copy(update={"contract": contract.model_copy(update=changes)})
+
+
+def again(here: World, case: UseCase, **options: Any) -> Replayed:
+    return replay(case, tables=here.tables, database=here.database, settings=here.settings, clock=here.clock, **options)
+
+
+def inflows(here: World) -> list[float]:
+    return sorted(everything(here.tables)[0].column("inflow").to_pylist())
+
+
+@pytest.fixture
+def loaded(home: Path, tmp_path: Path) -> World:
+    """Readings of every kind of file; an inflow above 9 was refused, 30 of 40."""
+    here, inbox = world(home), tmp_path / "inbox"
+    inbox.mkdir()
+    pq.write_table(readings(range(10)), inbox / "a.parquet")
+    pq.write_table(readings(range(10, 20)), inbox / "b.parquet")
+    text = readings(range(20, 30))
+    columns = [c.cast(pa.string()) for c in text.columns]
+    pacsv.write_csv(pa.table(columns, names=text.column_names), inbox / "c.csv")
+    lines = [json.dumps({**row, "time": row["time"].isoformat()}) for row in readings(range(30, 40)).to_pylist()]
+    (inbox / "d.jsonl").write_text("\n".join([*lines, "{", "[1]"]))
+    (inbox / "e.parquet").write_bytes(b"not parquet")
+    report = here.load([str(inbox)], limited(9.0))
+    assert (report.accepted, report.quarantined) == (10, 33)
+    return here
+
+
+def test_rows_of_every_kind_of_file_pass_once_the_contract_allows_them_and_once_only(loaded) -> None:
+    done = again(loaded, limited(300.0, "2.0.0"))
+    assert (done.accepted, done.left, done.unreadable) == (30, 1, 2)
+    assert inflows(loaded) == [float(i) for i in range(40)]
+    assert again(loaded, limited(300.0, "2.0.0")) == Replayed((), 1, 2)
+    assert inflows(loaded) == [float(i) for i in range(40)]
+    accepted, quarantine = everything(loaded.tables)
+    assert len(pc.unique(accepted.column(events.EVENT_ID))) == 40
+    assert quarantine.num_rows == 33, "what was refused is still told of"
+    known, time = (accepted.column(name).cast(pa.int64()) for name in (events.KNOWN_AT, "time"))
+    assert len(pc.unique(pc.subtract(known, time))) == 1, "known as rows of any other file"
+
+
+def test_what_is_refused_again_waits_for_the_next_contract(loaded) -> None:
+    first = again(loaded, limited(19.0))
+    assert (first.accepted, first.loads[0].quarantined) == (10, 20)
+    assert inflows(loaded) == [float(i) for i in range(20)]
+    second = again(loaded, limited(300.0))
+    assert (second.accepted, second.loads[0].quarantined) == (20, 0)
+    assert inflows(loaded) == [float(i) for i in range(40)]
+
+
+def test_the_rows_of_a_load_that_was_refused_as_a_whole_pass_where_they_are_good(home, tmp_path) -> None:
+    here, inbox = world(home), tmp_path / "inbox"
+    inbox.mkdir()
+    table = readings(range(10))
+    pq.write_table(table, inbox / "a.parquet")
+    columns = [c.cast(pa.string()) for c in readings(range(10, 15)).columns]
+    pacsv.write_csv(pa.table(columns, names=table.column_names), inbox / "b.csv")
+    strict = limited(7.0)
+    contract = strict.contract.model_copy(update={"max_rejected_share": 0.0})
+    refused = here.load([str(inbox)], strict.model_copy(update={"contract": contract}))
+    assert (refused.status, refused.accepted) == ("refused", 0)
+    done = again(here, strict.model_copy(update={"contract": contract}))
+    assert done.accepted == 8, "deliveries are refused for their share of bad rows, replays are not"
+    assert again(here, limited(300.0)).accepted == 7
+    assert inflows(here) == [float(i) for i in range(15)]
+
+
+def quarantine_http(here: World, rows: pa.Table) -> None:
+    """What a gateway refused and its drain has moved to the table."""
+    records = [json.dumps({**row, "time": row["time"].isoformat()}) for row in rows.to_pylist()]
+    refused = enforce.quarantined(
+        USE_CASE.contract,
+        load_id="http",
+        sources=["http"] * len(records),
+        positions=pa.array([0] * len(records)).to_numpy(),
+        rules_column=pa.array([["inflow.maximum"]] * len(records), pa.list_(pa.string())),
+        records=records,
+        at_us=here.clock.now(),
+    )
+    here.tables.ensure(enforce.quarantine_table(USE_CASE), events.QUARANTINE_SCHEMA)
+    here.tables.append(enforce.quarantine_table(USE_CASE), refused, "drain/quarantine", 1)
+
+
+def test_rows_that_came_over_http_are_known_from_the_replay_on(home) -> None:
+    here = world(home)
+    quarantine_http(here, readings(range(5)))
+    assert again(here, limited(300.0)).accepted == 5, "though all came at one position of their requests"
+    accepted, _ = everything(here.tables)
+    assert set(accepted.column(events.KNOWN_AT).cast(pa.int64()).to_pylist()) == {here.clock.now()}
+
+
+def test_rules_and_loads_choose_rows(loaded) -> None:
+    quarantine_http(loaded, readings(range(40, 43)))
+    assert again(loaded, limited(300.0), broken=["inflow.minimum"]).loads == ()
+    assert again(loaded, limited(300.0), loads=["http"]).accepted == 3
+    assert again(loaded, limited(300.0), broken=["inflow.maximum"]).accepted == 30
+    assert inflows(loaded) == [float(i) for i in range(43)]
+
+
+class Killed(BaseException):
+    """The process ended."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("point", ["set_aside", "append", "ingest", "delete"])
+def test_a_replay_that_is_killed_is_ended_by_the_next_one(loaded, monkeypatch, point, after) -> None:
+    quarantine_http(loaded, readings(range(40, 43)))
+
+    def dying(function):
+        def die(*arguments, **options):
+            if after:
+                function(*arguments, **options)
+            raise Killed
+
+        return die
+
+    class Tables(type(loaded.tables)):
+        append = dying(type(loaded.tables).append)
+
+    with monkeypatch.context() as broken:
+        tables = loaded.tables
+        if point == "set_aside":
+            broken.setattr(module._Place, "set_aside", dying(module._Place.set_aside))
+        elif point == "append":
+            tables = Tables(loaded.tables.url)
+        elif point == "ingest":
+            broken.setattr(module, "ingest", dying(module.ingest))
+        else:
+            broken.setattr(module._Place, "load", dying(module._Place.load))
+        with pytest.raises(Killed):
+            replay(
+                limited(19.0),
+                tables=tables,
+                database=loaded.database,
+                settings=loaded.settings,
+                clock=loaded.clock,
+            )
+    again(loaded, limited(19.0))
+    assert inflows(loaded) == [float(i) for i in range(20)]
+    _, quarantine = everything(loaded.tables)
+    replayed = loaded.tables.read(replayed_table(USE_CASE)).column("row").to_pylist()
+    # Where the first load had ended, its three refused rows are quarantined anew, and taken up by the next run.
+    assert len(replayed) == len(set(replayed)), "each row was taken up once"
+    assert len(replayed) in (33, 36)
+    assert again(loaded, limited(300.0)).accepted == 23
+    assert inflows(loaded) == [float(i) for i in range(43)]
+    assert "key.duplicate" not in {rule for rules in quarantine.column("rules").to_pylist() for rule in rules}
+
+
+def test_the_command_replays_and_says_what_came_of_it(loaded, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TIDEGATE_HOME", str(loaded.settings.home))
+    assert command.main(["replay", "aqua", "--rule", "inflow.maximum"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["accepted"], said["left"], said["unreadable"]) == (30, 0, 0)
+    assert command.main(["replay", "aqua", "--dimension", "none"]) == 1
+    assert "'aqua' has no dimension 'none'" in capsys.readouterr().err
