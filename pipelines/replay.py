@@ -179,9 +179,8 @@ def _select(place: _Place, broken: set[str], loads: set[str]) -> tuple[list[_Row
         if not isinstance(record, dict):
             unreadable += 1
             continue
-        # What a load as a whole was refused for had passed as rows, and is kept with the types of its fields.
-        text = row["source"].endswith(".csv") and row["rules"] != [rules.LOAD_REFUSED]
-        rows[mark] = _Row(mark, record, "http" if row["source"] == _HTTP else "files", text)
+        origin: Origin = "http" if row["source"] == _HTTP else "files"
+        rows[mark] = _Row(mark, record, origin, row["source"].endswith(".csv"))
     return list(rows.values()), left, unreadable
 
 
