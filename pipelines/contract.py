@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.clock import open_clock
 from cluster.database import Database
@@ -21,11 +23,20 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.evolution import Change, diff, enough, required_version
+from pipelines.contracts.leases import LeaseLost
 from pipelines.contracts.lineage import Use, lineage
+from pipelines.features.state import StateError
+from pipelines.features.windows import pages
 from pipelines.replay import replay
 from pipelines.spec import Contract, EventSource, UseCase
-from pipelines.training.artifact import load
-from pipelines.training.registry import Registry
+from pipelines.training.artifact import ArtifactError, load
+from pipelines.training.registry import Registry, RegistryError
+
+_AWAY = (
+    *(ArtifactError, RegistryError, LeaseLost, StateError),
+    *(SQLAlchemyError, DeltaError, TimeoutError, OSError),
+)
+"""What the parts that a contract is compared with, or replayed through, may fail with."""
 
 
 class NoContract(ValueError):
@@ -60,8 +71,8 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
                 lines, fine = [_replay(usecases.load(options.usecase), options)], True
             case _:
                 lines, fine = checked(usecases.load(options.usecase), options.against)
-    except NoContract as error:
-        sys.stderr.write(f"tidegate: {error}\n")
+    except (NoContract, *_AWAY) as error:
+        sys.stderr.write(f"tidegate: {error.args[0] if error.args else error!r}\n")
         return 1
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0 if fine else 1
@@ -85,11 +96,9 @@ def read_contract(name: str) -> Contract:
 
 
 def affected(changes: Iterable[Change], uses: Iterable[Use]) -> tuple[Use, ...]:
-    """The uses that breaking changes reach: those of their fields, or all where the whole contract breaks."""
-    broken = [change for change in changes if change.breaking]
-    everything = any(change.kind in ("entity_changed", "time_changed", "key_changed") for change in broken)
-    fields = {change.field for change in broken}
-    return tuple(use for use in uses if everything or use.field in fields)
+    """The uses that breaking changes reach: those of their fields, or all where one is of the contract as a whole."""
+    fields = {change.field for change in changes if change.breaking}
+    return tuple(use for use in uses if None in fields or use.field in fields)
 
 
 def told_of(old: str, new: str) -> list[str]:
@@ -99,8 +108,11 @@ def told_of(old: str, new: str) -> list[str]:
     required = required_version(before.version, changes)
     lines = [str(change) for change in changes]
     lines.append(f"{len(changes)} changes: after {before.version} comes at least {required}; it is {after.version}")
-    page = next((name for name in (old, new) if name in usecases.names()), None)
-    if page is not None:
+    named = [name for name in (old, new) if name in usecases.names()]
+    pages_of = named or [n for n in usecases.names() if usecases.load(n).contract.name in (before.name, after.name)]
+    if not pages_of:
+        lines.append(f"no page has a contract {after.name!r}: which views and versions it reaches cannot be told")
+    for page in pages_of[:1]:
         uses = affected(changes, lineage(usecases.load(page)))
         versions = _versions(page) if uses else {}
         for use in uses:
@@ -129,7 +141,12 @@ def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
         breaking = [change for change in changes if change.breaking] or list(changes)
         lines.append(f"version {new.version} must be at least {required}, for {len(changes)} changes:")
         lines += [f"  {change}" for change in breaking]
-    if champion is not None:
+    if champion is not None and champion.view not in pages(use_case):
+        lines.append(
+            f"the page no longer has view {champion.view}, which version {champion.version}, the champion, answers "
+            "from: a view is another one when its fields, entity, time or lateness change"
+        )
+    elif champion is not None:
         for use in affected(changes, lineage(use_case)):
             if use.view == champion.view:
                 reached = f"{use.field} → {', '.join(use.columns)}"

@@ -77,7 +77,7 @@ def drain(
         if through < log.first(stream):
             continue
         if stream == EVENTS:
-            tables.ensure(name, events.events_schema(source.contract), [events.BUCKET])
+            tables.ensure(name, events.events_schema(source.contract), [events.BUCKET], grows=True)
             tables.ensure(names[QUARANTINE], events.QUARANTINE_SCHEMA)
         else:
             tables.ensure(name, schemas[stream], grows=stream == PREDICTIONS)

@@ -75,7 +75,7 @@ def ingest(
     found = sources.find(names, options)
     load_id = load_id or sources.identity(source.contract, source.name, found, options)
     event_table, quarantine_table = enforce.events_table(source), enforce.quarantine_table(source)
-    tables.ensure(event_table, events.events_schema(source.contract), [events.BUCKET])
+    tables.ensure(event_table, events.events_schema(source.contract), [events.BUCKET], grows=True)
     tables.ensure(quarantine_table, events.QUARANTINE_SCHEMA)
     load = database.begin_load(load_id, source.name, event_table, clock.now())
     if load.manifest is not None:

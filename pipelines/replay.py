@@ -1,22 +1,22 @@
-"""Quarantined rows once more, after a fix of the data or of the contract: ``tidegate contract replay USECASE``.
+"""Quarantined rows once more, after a fix of the contract: ``tidegate contract replay USECASE``.
 
-A replay is a load of its own: what passes is added to the events table, and what does not is quarantined again, by the
-replay's id. Each quarantined row is replayed once: the table ``<source>/replayed`` says in which replay.
+Rows that pass by now are loaded, each once: the table ``<source>/replayed`` says in which replay. Rows that still break
+a rule stay where they are, for the next fix.
 
-The rows of a replay are set aside in files, then named in that table, then loaded. Whoever is killed in between is
-followed by a run that loads what is named first; files of which no row is named were never decided upon.
+The rows of a replay are set aside in files, with the contract that they passed, then named in that table, then loaded.
+Whoever is killed in between is followed by a run that first loads what is named, under the contract of then.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -30,24 +30,28 @@ from cluster.tables import Tables
 from pipelines.contracts import events, rules
 from pipelines.contracts.enforce import quarantine_table
 from pipelines.contracts.leases import kept_lease
+from pipelines.contracts.parsing import from_records, from_text
+from pipelines.contracts.rows import check
 from pipelines.ingest import LoadReport, ingest
-from pipelines.spec import EventSource
+from pipelines.spec import Contract, EventSource
 from pipelines.spec.base import fingerprint
 
 REPLAYED_SCHEMA = pa.schema([("row", pa.string()), ("replay", pa.string())])
 """``row`` is the fingerprint of a quarantined row, ``replay`` the id of the load that took it up."""
-_HTTP, _ROWS = "http", "rows"
+_HTTP, _ROWS, _CONTRACT = "http", "rows", "contract"
 _NEVER = frozenset({rules.FILE_UNREADABLE, rules.KEY_DUPLICATE})
-Origin = Literal["http", "files"]
+_ORPHANED_S = 24 * 3600.0
+_COLUMNS = [events.LOAD_ID, "source", "position", "rules", "record", "at"]
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """The loads of a replay, and how many quarantined rows were passed over: duplicates and unreadable files, which are
-    ``left``, and rows that are no record, which are ``unreadable``.
+    """The loads of a replay, and how many quarantined rows stay where they are: those that still break a rule
+    (``refused``), duplicates and unreadable files (``left``), and rows that are no record (``unreadable``).
     """
 
     loads: tuple[LoadReport, ...]
+    refused: int
     left: int
     unreadable: int
 
@@ -63,8 +67,13 @@ class _Row:
 
     mark: str
     record: dict[str, Any]
-    origin: Origin
+    http: bool
     text: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a file of such lines has for columns; nothing of a record with types."""
+        return tuple(self.record) if self.text else ()
 
 
 def replayed_table(source: EventSource) -> str:
@@ -82,28 +91,30 @@ def replay(
     broken: Sequence[str] = (),
     loads: Sequence[str] = (),
 ) -> Replayed:
-    """Replays what the quarantine of ``source`` holds and was not replayed: all, or the rows that broke any of the
-    rules ``broken`` (``inflow.maximum``) or came by any of ``loads``.
+    """Loads what the quarantine of ``source`` holds, passes its contract by now and was not replayed before: of all
+    rows, or of those that broke any of the rules ``broken`` (``inflow.maximum``) or came by any of ``loads``.
 
     Rows that came over HTTP are taken to be known from now on, since no state has had them; those of files as those of
-    any load. However many are refused again, the others are published. Raises ``TimeoutError`` while another replay of
-    the source runs.
+    any load. Raises ``TimeoutError`` while another replay of the source runs.
     """
     tables.ensure(replayed_table(source), REPLAYED_SCHEMA)
     place = _Place(source, tables, database, settings, clock)
     with kept_lease(database, f"replay/{source.name}", uuid.uuid4().hex) as still_held:
-        rows, left, unreadable = _select(place, set(broken), set(loads))  # first: what follows may refuse rows again
         done = [place.load(name) for name in place.begun()]
-        for origin in ("http", "files"):
-            mine = [row for row in rows if row.origin == origin]
-            if mine:
-                name = f"{origin}-{fingerprint(*sorted(row.mark for row in mine))}"
-                place.set_aside(name, mine)
-                still_held()
-                marks = pa.table([[row.mark for row in mine], [name] * len(mine)], schema=REPLAYED_SCHEMA)
-                tables.append(replayed_table(source), marks, f"replay/{name}")
-                done.append(place.load(name))
-    return Replayed(tuple(done), left, unreadable)
+        found, left, unreadable = _select(place, set(broken), set(loads))
+        rows = _passing(source.contract, found, clock.now())
+        for http in (True, False):
+            mine = [row for row in rows if row.http is http]
+            if not mine:
+                continue
+            kind = _HTTP if http else "files"
+            name = f"{kind}-{fingerprint(source.contract, *sorted(row.mark for row in mine))}"
+            place.set_aside(name, mine)
+            still_held()
+            marks = pa.table([[row.mark for row in mine], [name] * len(mine)], schema=REPLAYED_SCHEMA)
+            tables.append(replayed_table(source), marks, f"replay/{name}")
+            done.append(place.load(name))
+    return Replayed(tuple(done), len(found) - len(rows), left, unreadable)
 
 
 @dataclass(frozen=True)
@@ -121,31 +132,40 @@ class _Place:
         return f"{self.tables.url}/_replay/{self.source.name}"
 
     def begun(self) -> list[str]:
-        """The replays that were decided upon and whose files are still there; other files are removed."""
+        """The replays that were decided upon and whose files are still there.
+
+        Others may still be decided upon by somebody who is slow; they are removed after a day.
+        """
         filesystem, root = open_filesystem(self.uri, self.tables.storage_options)
-        selector = pafs.FileSelector(root, allow_not_found=True)
-        found = sorted(info.base_name for info in filesystem.get_file_info(selector))
-        named = pc.unique(self.tables.read(replayed_table(self.source)).column("replay")).to_pylist()
-        for name in found:
-            if name not in named:
-                filesystem.delete_dir(f"{root}/{name}")
-        return [name for name in found if name in named]
+        found = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+        named = set(pc.unique(self.tables.read(replayed_table(self.source)).column("replay")).to_pylist())
+        for info in found:
+            made_ns = info.mtime_ns
+            if info.base_name not in named and made_ns is not None and time.time() - made_ns / 1e9 > _ORPHANED_S:
+                filesystem.delete_dir(info.path)
+        return sorted(info.base_name for info in found if info.base_name in named)
 
     def set_aside(self, name: str, rows: Sequence[_Row]) -> None:
         filesystem, root = open_filesystem(f"{self.uri}/{name}", self.tables.storage_options)
-        filesystem.create_dir(root, recursive=True)
-        for kind, text in (("jsonl", _jsonl(rows)), ("csv", _csv(rows, self.source))):
-            if text:
-                with filesystem.open_output_stream(f"{root}/{_ROWS}.{kind}") as stream:
-                    stream.write(text.encode())
+        filesystem.create_dir(f"{root}/{_ROWS}", recursive=True)
+        files = {f"{_CONTRACT}.json": self.source.contract.model_dump_json()}
+        for place, (columns, mine) in enumerate(_by_columns(rows)):
+            kind, text = ("csv", _csv(columns, mine)) if columns else ("jsonl", _jsonl(mine))
+            files[f"{_ROWS}/{place}.{kind}"] = text
+        for path, text in files.items():
+            with filesystem.open_output_stream(f"{root}/{path}") as stream:
+                stream.write(text.encode())
 
     def load(self, name: str) -> LoadReport:
-        """Loads a replay's rows, once, and removes its files."""
-        # The share of rows that may be refused is meant for deliveries: these were refused before.
-        contract = self.source.contract.model_copy(update={"max_rejected_share": 1.0})
+        """Loads a replay's rows, once, under the contract that they passed, and removes its files."""
+        filesystem, root = open_filesystem(f"{self.uri}/{name}", self.tables.storage_options)
+        with filesystem.open_input_stream(f"{root}/{_CONTRACT}.json") as stream:
+            contract = Contract.model_validate_json(stream.read())
+        # The share of rows that may be refused is meant for deliveries: here only duplicates are left to be refused.
+        contract = contract.model_copy(update={"max_rejected_share": 1.0})
         report = ingest(
             self.source.model_copy(update={"contract": contract}),
-            [f"{self.uri}/{name}"],
+            [f"{self.uri}/{name}/{_ROWS}"],
             tables=self.tables,
             database=self.database,
             settings=self.settings,
@@ -153,24 +173,46 @@ class _Place:
             load_id=f"replay/{self.source.name}/{name}",
             known_from_us=self.clock.now() if name.startswith(_HTTP) else 0,
         )
-        filesystem, root = open_filesystem(f"{self.uri}/{name}", self.tables.storage_options)
         filesystem.delete_dir(root)
         return report
 
 
+def _passing(contract: Contract, rows: Sequence[_Row], now_us: int) -> list[_Row]:
+    """Those of ``rows`` that the contract accepts."""
+    kept: list[_Row] = []
+    for columns, mine in _by_columns(rows):
+        if columns:
+            cells = [pa.array([row.record[name] for row in mine], pa.string()) for name in columns]
+            parsed = from_text(contract, pa.table(cells, names=list(columns)))
+        else:
+            parsed = from_records(contract, [row.record for row in mine])
+        kept += [mine[place] for place in np.flatnonzero(check(contract, parsed, now_us).accepted).tolist()]
+    return kept
+
+
+def _by_columns(rows: Iterable[_Row]) -> list[tuple[tuple[str, ...], list[_Row]]]:
+    """Lines of files with the same columns together: a column too many in one is nothing to another."""
+    found: dict[tuple[str, ...], list[_Row]] = {}
+    for row in rows:
+        found.setdefault(row.columns, []).append(row)
+    return sorted(found.items())
+
+
 def _select(place: _Place, broken: set[str], loads: set[str]) -> tuple[list[_Row], int, int]:
-    """The rows to be replayed, each once; how many are left as they are, and how many are no record."""
+    """The rows that may be replayed, each once; how many never can be, and how many are no record."""
     name = quarantine_table(place.source)
     if not place.tables.exists(name):
         return [], 0, 0
     gone = set(place.tables.read(replayed_table(place.source)).column("row").to_pylist())
+    wanted = pc.field(events.LOAD_ID).isin(sorted(loads)) if loads else None
+    table = place.tables.read(name, columns=_COLUMNS, filter=wanted)
+    table = table.set_column(_COLUMNS.index("at"), "at", table.column("at").cast(pa.int64()))
     rows: dict[str, _Row] = {}
     left = unreadable = 0
-    for row in place.tables.read(name).to_pylist():
+    for row in table.to_pylist():
         told = (row[events.LOAD_ID], row["source"], row["position"], row["at"], row["record"])
         mark = xxhash.xxh3_128_hexdigest(repr(told).encode())
-        chosen = (not broken or broken & set(row["rules"])) and (not loads or row[events.LOAD_ID] in loads)
-        if mark in gone or not chosen:
+        if mark in gone or (broken and not broken & set(row["rules"])):
             continue
         if _NEVER & set(row["rules"]):
             left += 1
@@ -179,24 +221,20 @@ def _select(place: _Place, broken: set[str], loads: set[str]) -> tuple[list[_Row
         if not isinstance(record, dict):
             unreadable += 1
             continue
-        origin: Origin = "http" if row["source"] == _HTTP else "files"
-        rows[mark] = _Row(mark, record, origin, row["source"].endswith(".csv"))
+        text = row["source"].lower().endswith(".csv") and all(v is None or isinstance(v, str) for v in record.values())
+        rows[mark] = _Row(mark, record, row["source"] == _HTTP, text)
     return list(rows.values()), left, unreadable
 
 
 def _jsonl(rows: Iterable[_Row]) -> str:
-    return "".join(json.dumps(row.record) + "\n" for row in rows if not row.text)
+    return "".join(json.dumps(row.record) + "\n" for row in rows)
 
 
-def _csv(rows: Iterable[_Row], source: EventSource) -> str:
-    mine = [row.record for row in rows if row.text]
-    if not mine:
-        return ""
-    given = {name for record in mine for name in record}
-    order = [field.name for field in source.contract.fields if field.name in given]
-    names = order + sorted(given - set(order))
-    written = io.StringIO()
-    writer = csv.DictWriter(written, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: "" if record.get(name) is None else record[name] for name in names} for record in mine)
-    return written.getvalue()
+def _csv(columns: Sequence[str], rows: Iterable[_Row]) -> str:
+    """Cells in quotes, so that an empty text stays one; a null is an empty cell without."""
+
+    def cell(value: str | None) -> str:
+        return "" if value is None else '"' + value.replace('"', '""') + '"'
+
+    lines = [columns, *([row.record[name] for name in columns] for row in rows)]
+    return "".join(",".join(map(cell, line)) + "\n" for line in lines)

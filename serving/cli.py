@@ -81,10 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = kinds.add_parser("show", help="what state holds for an entity: value, status and age of every feature")
     show.add_argument("usecase")
     show.add_argument("entity")
-    contract = commands.add_parser(
-        "contract", help="show a contract, tell what a change of it breaks, check it", add_help=False
-    )
-    contract.add_argument("arguments", nargs=argparse.REMAINDER)
+    commands.add_parser("contract", help="show a contract, tell what a change of it breaks, check it, replay rows")
     demo = commands.add_parser("demo", help="the main job on real data, on a cluster of its own")
     demo.add_argument("usecase", nargs="?", default="aqua")
     demo.add_argument("--home", type=Path, help="where the demo keeps everything (default var/demo); emptied first")
@@ -92,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--replay-days", type=int, default=90, help="how many days to replay (default 90)")
     demo.add_argument("--trials", type=int, help="how many settings the search of step 9 tries (default the page's)")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Its own parser is with its packages, which a caller's machine has not.
+    options = parser.parse_args(given[:1] if given[:1] == ["contract"] else given)
+    options.arguments = given[1:]
     if importlib.util.find_spec("ray") is None:
         print("this command needs the cluster's packages: pip install 'tidegate[cluster]'", file=sys.stderr)
         return 2

@@ -103,7 +103,7 @@ class Split:
         def of(tried: Prepared) -> Rows:
             return tried.take(rows)
 
-        return await within(self.split.deadline_ms / 1e3, variant.ask, variant.described, asked.rows_of, of)
+        return await within(asked.within_s(self.split.deadline_ms), variant.ask, variant.described, asked.rows_of, of)
 
     def _count(self, asked: Asked, arms: np.ndarray, taken: np.ndarray) -> None:
         harmed = int(((arms > 0) & ~taken & asked.prepared.usable).sum())

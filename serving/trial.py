@@ -7,6 +7,7 @@ asked, and its answer stands wherever the challenger errs, is late or answers wh
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class Asked:
 
     It came at ``began`` (seconds of ``time.perf_counter``). ``key`` places it in the split. ``counted`` is False for a
     request that must not be evidence (a repetition); ``forced`` is one whose version its caller chose: nothing of it is
-    counted, not even harm. ``rows_of`` makes the instances as another version is to have them.
+    counted, not even harm. Nothing that is tried is waited for after ``until``. ``rows_of`` makes the instances as
+    another version is to have them.
     """
 
     key: str
@@ -42,6 +44,11 @@ class Asked:
     champion_s: float
     began: float
     forced: bool = False
+    until: float = math.inf
+
+    def within_s(self, deadline_ms: float) -> float:
+        """Seconds that a version has which is tried: its deadline, or what the request leaves of it."""
+        return min(deadline_ms / 1e3, max(self.until - time.perf_counter(), 0.0))
 
     @property
     def evident(self) -> bool:
@@ -232,7 +239,7 @@ class Trial:
         return self._keys.first_seen(key)
 
     async def _within_deadline(self, asked: Asked, of: Callable[[Prepared], Rows]) -> Got:
-        return await within(self.challenger.deadline_ms / 1e3, self._ask, self.described, asked.rows_of, of)
+        return await within(asked.within_s(self.challenger.deadline_ms), self._ask, self.described, asked.rows_of, of)
 
 
 def _merge(champion: Prediction, got: Got, rows: np.ndarray, taken: np.ndarray, version: str) -> Chosen:

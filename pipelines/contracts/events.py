@@ -195,9 +195,15 @@ def decode_events(
     load_id: str,
     buckets: int,
 ) -> pa.Table:
-    """The events table rows of log records; ``known_at`` in microseconds since the epoch."""
+    """The events table rows of log records; ``known_at`` in microseconds since the epoch.
+
+    Records from before fields were added to the contract, behind those there were, have nulls there.
+    """
     rows = orjson.loads(b"[" + b",".join(blobs) + b"]")
-    ids, *values = zip(*rows, strict=True) if rows else [()] * (len(contract.fields) + 1)
+    width = len(contract.fields) + 1
+    if any(len(row) < width for row in rows):
+        rows = [[*row, *[None] * (width - len(row))] for row in rows]
+    ids, *values = zip(*rows, strict=True) if rows else [()] * width
     columns: list[pa.Array] = []
     for field, found in zip(contract.fields, values, strict=True):
         if field.type is FieldType.TIMESTAMP:

@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "field_added": (_N, "a field that may be null: rows without it are taken"),
     "required_field_added": (_W, "rows without it are refused"),
     "field_removed": (_B, "readers miss it, and rows that still bring it are refused"),
-    "fields_reordered": (_N, "fields are found by their names"),
+    "fields_reordered": (_W, "events in a log that is not drained yet are read by their place: drain it first"),
     "type_widened": (_R, "numbers may have a fraction now"),
     "type_narrowed": (_W, "numbers with a fraction are refused"),
     "type_changed": (_B, "old rows are refused, and new ones are of another type"),
@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "time_changed": (_B, "rows happen at other times, so every feature is another one"),
     "key_changed": (_B, "other rows are duplicates of each other"),
     "delay_changed": (_R, "loaded rows become known at another time, so training sees others"),
-    "lateness_raised": (_N, "rows that came too late for features count now"),
+    "lateness_raised": (_R, "rows that came too late for features count now, so features are other ones"),
     "lateness_lowered": (_W, "rows that came late and counted are left out of features"),
     "future_raised": (_R, "rows may lie further ahead of the clock"),
     "future_lowered": (_W, "rows that lie further ahead are refused"),
@@ -104,12 +104,12 @@ def diff(old: Contract, new: Contract) -> tuple[Change, ...]:
     found = list(_of_contract(old, new))
     for name, field in after.items():
         if name in before:
-            found += _of_field(before[name], field)
+            found += _of_field(before[name], field, identifies=name in old.key)
         else:
             found.append(Change("field_added" if field.nullable else "required_field_added", name, None, field.type))
     found += [Change("field_removed", name, before[name].type, None) for name in before if name not in after]
-    shared = [name for name in after if name in before]
-    if shared != [name for name in before if name in after]:
+    kept = [name for name in before if name in after]
+    if list(after)[: len(kept)] != kept:  # one that is added comes after those there are, or these change their places
         found.append(Change("fields_reordered", None, None, None))
     return tuple(found)
 
@@ -142,7 +142,7 @@ def _of_contract(old: Contract, new: Contract) -> Iterator[Change]:
         ("delay_changed", "delay"),
     ):
         yield from _changed(kind, None, getattr(old, name), getattr(new, name))
-    if set(old.key) != set(new.key):
+    if old.key != new.key:  # in another order, too, they make another event id
         yield Change("key_changed", None, ", ".join(old.key), ", ".join(new.key))
     for stem, name in (("lateness", "lateness"), ("future", "future"), ("rejected_share", "max_rejected_share")):
         before, after = getattr(old, name), getattr(new, name)
@@ -150,14 +150,16 @@ def _of_contract(old: Contract, new: Contract) -> Iterator[Change]:
             yield Change(f"{stem}_{'raised' if after > before else 'lowered'}", None, before, after)
 
 
-def _of_field(old: Field, new: Field) -> Iterator[Change]:
+def _of_field(old: Field, new: Field, *, identifies: bool) -> Iterator[Change]:
+    """``identifies`` says that event ids are made of it: then a number of another type is another id."""
     name = old.name
     if old.type is not new.type:
         kinds = {
             (FieldType.INTEGER, FieldType.FLOAT): "type_widened",
             (FieldType.FLOAT, FieldType.INTEGER): "type_narrowed",
         }
-        yield Change(kinds.get((old.type, new.type), "type_changed"), name, old.type, new.type)
+        kind = "type_changed" if identifies else kinds.get((old.type, new.type), "type_changed")
+        yield Change(kind, name, old.type, new.type)
     if old.nullable != new.nullable:
         yield Change("null_allowed" if new.nullable else "null_forbidden", name, None, None)
     for limit in ("minimum", "maximum"):

@@ -300,8 +300,12 @@ def _table_rows(table: pa.Table, places: np.ndarray) -> list[str]:
     taken = table.take(pa.array(places, pa.int64()))
     shown = []
     for column in taken.columns:
+        if pa.types.is_timestamp(column.type) and column.type.tz is not None:
+            column = column.cast(pa.timestamp(column.type.unit, "UTC"))  # text with another offset is none of RFC 3339
         if pa.types.is_temporal(column.type):  # as text: Python cannot hold every moment that Arrow can
             column = column.cast(pa.string())
+        elif pa.types.is_decimal(column.type):  # as the number that it is read as
+            column = column.cast(pa.float64(), safe=False)
         shown.append(column.to_pylist())
     names = taken.column_names
     return [rules.as_json(dict(zip(names, row, strict=True))) for row in zip(*shown, strict=True)]

@@ -34,7 +34,7 @@ class Arm:
 def read_arms(use_case: UseCase, tables: Tables, test: ABTest, number: int, since_us: int) -> tuple[Arm, ...]:
     """The arms of the test of that ``number``, which began at ``since_us``, with the outcomes in the table by now."""
     names = predictions_table(use_case), outcomes_table(use_case)
-    if not all(tables.exists(name) for name in names) or "test" not in tables.schema(names[0]).names:
+    if not all(tables.exists(name) for name in names) or "unit" not in tables.schema(names[0]).names:
         return ()
     since = pa.scalar(since_us, pa.timestamp("us", tz="UTC"))
     logged = tables.read(names[0], columns=_COLUMNS, filter=(pc.field("_time") >= since) & (pc.field("test") == number))

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
+from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
 from ray.exceptions import GetTimeoutError, RayError
 
@@ -53,7 +55,11 @@ class Rollouts:
         found = None
         if version is not None and not situation.state.test:
             tables = Tables(self._settings.tables_url, self._settings.storage_options)
-            found = read_differences(usecases.load(self._usecase), tables, version, situation.evidence.started_us)
+            use_case, since_us = usecases.load(self._usecase), situation.evidence.started_us
+            try:
+                found = read_differences(use_case, tables, version, since_us)
+            except (DeltaError, OSError, pa.ArrowException) as error:
+                raise Problem(503, "The table of predictions cannot be read", str(error), retry_after_s=1) from error
         if found is None:
             raise Problem(404, "There are no differences", "No instance was answered by two versions in this rollout.")
         return {**asdict(found), "version": version, "quantiles": {f"{q:g}": v for q, v in found.quantiles.items()}}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.contracts.events import decode_events, encoder
 from pipelines.contracts.evolution import KINDS, Breaks, diff, enough, required_version
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.spec import Contract, Field, FieldType
@@ -163,6 +164,27 @@ def test_what_breaks_readers_takes_a_row_that_was_refused(kind) -> None:
 @pytest.mark.parametrize("kind", [kind for kind, (breaks, _) in KINDS.items() if breaks is Breaks.NOBODY])
 def test_what_breaks_nobody_takes_the_same_rows(kind) -> None:
     assert taken(CASES[kind][0], ROW)
+
+
+def test_a_field_that_is_added_before_others_moves_them_and_a_key_is_one_of_an_order() -> None:
+    extra = EXTRA.model_copy(update={"nullable": True})
+    kinds = {change.kind for change in diff(OLD, changed(fields=(OLD.fields[0], extra, *OLD.fields[1:])))}
+    assert kinds == {"field_added", "fields_reordered"}
+    assert [change.kind for change in diff(OLD, changed(key=("at", "meter")))] == ["key_changed"]
+    wide = field("count", type=FieldType.FLOAT)
+    before, after = (c.model_copy(update={"key": ("meter", "at", "count")}) for c in (OLD, wide))
+    assert [change.kind for change in diff(before, after)] == ["type_changed"], "its text is part of event ids"
+
+
+def test_a_record_from_before_a_field_was_added_is_read_with_a_null_there() -> None:
+    record = compile_model(OLD, name="c")
+    given, problems = check_record(record, ROW, NOW_US)
+    assert given is not None, problems
+    wide = changed(fields=(*OLD.fields, EXTRA.model_copy(update={"nullable": True})))
+    blob = encoder(OLD)(given)[2]
+    rows = decode_events(wide, [blob], [NOW_US], [1], load_id="drain", buckets=1)
+    assert rows.column("extra").to_pylist() == [None]
+    assert rows.column("open").to_pylist() == [1.5]
 
 
 def test_the_same_contract_has_no_changes_and_the_version_alone_is_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,16 @@ def test_the_champion_answers_for_a_variant_that_cannot_and_the_unit_stays_in_it
     assert [part.version for part in parts if part.taken.any()] == ["3"]
     found = counted(tally)
     assert (found.served, found.harmed, found.accidents, found.arms) == (1, 1, 1, (1, 1, 1))
+
+
+def test_a_variant_is_not_waited_for_longer_than_the_request_has_time() -> None:
+    one, tally = split(two=hangs, deadline_ms=60_000.0)
+    began = time.perf_counter()
+    given = asked(1, until=began + 0.05)
+    prediction, _ = asyncio.run(one.choose(given, np.array([1])))
+    assert time.perf_counter() - began < 5
+    assert prediction.value.tolist() == [10.0]
+    assert counted(tally).accidents == 1
 
 
 def test_variants_are_asked_at_the_same_time() -> None:

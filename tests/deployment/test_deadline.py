@@ -22,7 +22,9 @@ def settings(tmp_path) -> Settings:
     return Settings(home=tmp_path, deadline_seconds=DEADLINE_S)
 
 
-def predicted(settings: Settings, gateway: BareGateway, parts: list[bytes]) -> tuple[int, dict[str, Any], float]:
+def predicted(
+    settings: Settings, gateway: BareGateway, parts: list[bytes], path: str = "/predict"
+) -> tuple[int, dict[str, Any], float]:
     """Status, document and seconds of a request whose body never ends after ``parts``."""
     sent: list[Any] = []
 
@@ -35,7 +37,7 @@ def predicted(settings: Settings, gateway: BareGateway, parts: list[bytes]) -> t
         sent.append(message)
 
     key = [(b"authorization", f"Bearer {owner_key(settings)}".encode())]
-    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": key}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": key}
     began = time.monotonic()
     asyncio.run(gateway(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), time.monotonic() - began
@@ -47,6 +49,13 @@ def test_a_body_that_does_not_come_is_not_waited_for_longer(settings):
     assert (status, problem["title"]) == (503, "The deadline has passed")
     assert "no answer within 0.1 s" in problem["detail"]
     assert DEADLINE_S <= took < 50 * DEADLINE_S
+
+
+def test_nor_is_a_body_of_events(settings):
+    gateway = BareGateway(usecases.load("aqua"), KeyRing.open(settings), settings)
+    status, problem, _ = predicted(settings, gateway, [], "/events")
+    assert (status, problem["title"]) == (503, "The deadline has passed")
+    assert "nothing of it was taken" in problem["detail"]
 
 
 def test_neither_is_an_answer(settings, monkeypatch):

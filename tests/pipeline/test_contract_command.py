@@ -86,6 +86,36 @@ def test_check_fails_without_a_major_version_and_where_it_breaks_the_champion(se
     assert capsys.readouterr().out == "aqua: 1 changes after version 0.9.0, and nothing that breaks unsaid\n"
 
 
+def test_check_fails_where_the_view_of_the_champion_is_no_longer_on_the_page(settings, tmp_path, capsys) -> None:
+    version = champion(settings, tmp_path / "artifact", json.loads(AQUA.contract.model_dump_json()))
+    later = AQUA.contract.model_copy(update={"future": AQUA.contract.lateness, "version": "2.0.0"})
+    lines, fine = command.checked(AQUA.model_copy(update={"contract": later}), None)
+    assert not fine
+    assert f"which version {version}, the champion, answers from" in lines[-1]
+    assert command.checked(AQUA, None)[1]
+
+
+def test_two_files_are_compared_with_the_page_that_has_their_contract(settings, tmp_path, capsys) -> None:
+    old, new = write(tmp_path / "a.json", inflow={"maximum": 900.0}), write(tmp_path / "b.json")
+    assert tidegate(["contract", "diff", old, new]) == 0
+    assert "inflow → inflow_last_1d" in capsys.readouterr().out
+    old, new = (write(tmp_path / f"{n}.json", name="others") for n in "cd")
+    assert tidegate(["contract", "diff", old, new]) == 0
+    assert "no page has a contract 'others'" in capsys.readouterr().out
+
+
+def test_help_and_what_is_away_are_told_in_a_line(settings, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tidegate(["contract", "--help"])
+    assert ended.value.code == 0
+    assert "usage: tidegate contract" in capsys.readouterr().out
+    assert tidegate(["contract", "show", "nope"]) == 1
+    assert "nope" in capsys.readouterr().err
+    monkeypatch.setenv("TIDEGATE_DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
+    assert tidegate(["contract", "check", "aqua"]) == 1
+    assert capsys.readouterr().err.startswith("tidegate: ")
+
+
 def test_a_change_of_words_needs_a_patch(settings, tmp_path, capsys) -> None:
     old = write(tmp_path / "old.json", owner="others")
     assert tidegate(["contract", "check", "aqua", "--against", old]) == 1

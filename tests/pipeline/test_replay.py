@@ -56,9 +56,9 @@ def loaded(home: Path, tmp_path: Path) -> World:
 
 def test_rows_of_every_kind_of_file_pass_once_the_contract_allows_them_and_once_only(loaded) -> None:
     done = again(loaded, limited(300.0, "2.0.0"))
-    assert (done.accepted, done.left, done.unreadable) == (30, 1, 2)
+    assert (done.accepted, done.refused, done.left, done.unreadable) == (30, 0, 1, 2)
     assert inflows(loaded) == [float(i) for i in range(40)]
-    assert again(loaded, limited(300.0, "2.0.0")) == Replayed((), 1, 2)
+    assert again(loaded, limited(300.0, "2.0.0")) == Replayed((), 0, 1, 2)
     assert inflows(loaded) == [float(i) for i in range(40)]
     accepted, quarantine = everything(loaded.tables)
     assert len(pc.unique(accepted.column(events.EVENT_ID))) == 40
@@ -67,12 +67,15 @@ def test_rows_of_every_kind_of_file_pass_once_the_contract_allows_them_and_once_
     assert len(pc.unique(pc.subtract(known, time))) == 1, "known as rows of any other file"
 
 
-def test_what_is_refused_again_waits_for_the_next_contract(loaded) -> None:
+def test_what_is_still_refused_stays_where_it_is_for_the_next_contract(loaded) -> None:
+    for _ in range(2):
+        assert again(loaded, limited(9.0)) == Replayed((), 30, 1, 2)
     first = again(loaded, limited(19.0))
-    assert (first.accepted, first.loads[0].quarantined) == (10, 20)
+    assert (first.accepted, first.refused, first.loads[0].quarantined) == (10, 20, 0)
+    assert everything(loaded.tables)[1].num_rows == 33
     assert inflows(loaded) == [float(i) for i in range(20)]
     second = again(loaded, limited(300.0))
-    assert (second.accepted, second.loads[0].quarantined) == (20, 0)
+    assert (second.accepted, second.refused) == (20, 0)
     assert inflows(loaded) == [float(i) for i in range(40)]
 
 
@@ -88,7 +91,7 @@ def test_the_rows_of_a_load_that_was_refused_as_a_whole_pass_where_they_are_good
     refused = here.load([str(inbox)], strict.model_copy(update={"contract": contract}))
     assert (refused.status, refused.accepted) == ("refused", 0)
     done = again(here, strict.model_copy(update={"contract": contract}))
-    assert done.accepted == 8, "deliveries are refused for their share of bad rows, replays are not"
+    assert (done.accepted, done.refused) == (8, 7), "deliveries are refused for their share of bad rows"
     assert again(here, limited(300.0)).accepted == 7
     assert inflows(here) == [float(i) for i in range(15)]
 
@@ -117,6 +120,52 @@ def test_rows_that_came_over_http_are_known_from_the_replay_on(home) -> None:
     assert set(accepted.column(events.KNOWN_AT).cast(pa.int64()).to_pylist()) == {here.clock.now()}
 
 
+def test_rows_that_came_over_http_and_were_refused_once_more_are_known_no_earlier(home) -> None:
+    here = world(home)
+    quarantine_http(here, readings(range(5)))
+    assert again(here, limited(2.0)).accepted == 3
+    assert again(here, limited(300.0)).accepted == 2
+    accepted, _ = everything(here.tables)
+    assert set(accepted.column(events.KNOWN_AT).cast(pa.int64()).to_pylist()) == {here.clock.now()}
+
+
+def test_lines_of_files_with_other_columns_an_empty_text_or_a_name_in_capitals_stand_for_themselves(home, tmp_path):
+    here, inbox = world(home), tmp_path / "inbox"
+    inbox.mkdir()
+
+    def write(name: str, numbers: range, **extra: str) -> None:
+        rows = readings(numbers)
+        columns = {n: [v or "" for v in rows.column(n).cast(pa.string()).to_pylist()] for n in rows.column_names}
+        columns |= {n: [text] * len(numbers) for n, text in extra.items()}
+        lines = [list(columns), *zip(*columns.values(), strict=True)]
+        (inbox / name).write_text("\n".join(",".join(line) for line in lines) + "\n")
+
+    write("a.csv", range(3), mood="bad")
+    write("b.csv", range(10, 15))
+    write("C.CSV", range(20, 25))
+    write("d.csv", range(30, 32), humidity='""')
+    here.load([str(inbox)], limited(1.0))
+    fixed = limited(300.0)
+    assert inflows(here) == []
+    done = again(here, fixed)
+    assert (done.accepted, done.refused) == (10, 5), "those with a column too many, and with a text for a number"
+    assert inflows(here) == [float(i) for i in (*range(10, 15), *range(20, 25))]
+
+
+def test_rows_of_parquet_files_come_back_with_their_zones_and_decimals(home, tmp_path) -> None:
+    here = world(home)
+    rows = readings(range(10, 15))
+    place = rows.column_names.index("time")
+    rows = rows.set_column(place, "time", rows.column("time").cast(pa.timestamp("us", "Europe/Vienna")))
+    place = rows.column_names.index("inflow")
+    rows = rows.set_column(place, "inflow", rows.column("inflow").cast(pa.decimal128(10, 2)))
+    pq.write_table(rows, tmp_path / "a.parquet")
+    here.load([str(tmp_path / "a.parquet")], limited(1.0))
+    assert again(here, limited(300.0)).accepted == 5
+    found = everything(here.tables)[0].sort_by("inflow")
+    assert found.column("time").cast(pa.int64()).to_pylist() == rows.column("time").cast(pa.int64()).to_pylist()
+
+
 def test_rules_and_loads_choose_rows(loaded) -> None:
     quarantine_http(loaded, readings(range(40, 43)))
     assert again(loaded, limited(300.0), broken=["inflow.minimum"]).loads == ()
@@ -129,56 +178,59 @@ class Killed(BaseException):
     """The process ended."""
 
 
+@pytest.mark.parametrize("contract", [19.0, 300.0])
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("point", ["set_aside", "append", "ingest", "delete"])
-def test_a_replay_that_is_killed_is_ended_by_the_next_one(loaded, monkeypatch, point, after) -> None:
+@pytest.mark.parametrize("point", ["set_aside", "append", "events", "quarantine", "delete"])
+def test_a_replay_that_is_killed_is_ended_by_the_next_one(loaded, monkeypatch, point, after, contract) -> None:
+    """Killed under a contract that takes all rows, and run again under another."""
     quarantine_http(loaded, readings(range(40, 43)))
+    plain = type(loaded.tables)
 
-    def dying(function):
+    def dying(function, which: int = 1):
+        calls = []
+
         def die(*arguments, **options):
+            calls.append(None)
+            if len(calls) != which:
+                return function(*arguments, **options)
             if after:
                 function(*arguments, **options)
             raise Killed
 
         return die
 
-    class Tables(type(loaded.tables)):
-        append = dying(type(loaded.tables).append)
-
+    tables = type("Tables", (plain,), {})(loaded.tables.url)
     with monkeypatch.context() as broken:
-        tables = loaded.tables
         if point == "set_aside":
             broken.setattr(module._Place, "set_aside", dying(module._Place.set_aside))
         elif point == "append":
-            tables = Tables(loaded.tables.url)
-        elif point == "ingest":
-            broken.setattr(module, "ingest", dying(module.ingest))
-        else:
+            broken.setattr(type(tables), "append", dying(plain.append))
+        elif point == "delete":
             broken.setattr(module._Place, "load", dying(module._Place.load))
+        else:  # the second and the third commit are those of the first load, the first one names its rows
+            broken.setattr(type(tables), "commit", dying(plain.commit, 2 if point == "events" else 3))
         with pytest.raises(Killed):
             replay(
-                limited(19.0),
+                limited(50.0),
                 tables=tables,
                 database=loaded.database,
                 settings=loaded.settings,
                 clock=loaded.clock,
             )
-    again(loaded, limited(19.0))
-    assert inflows(loaded) == [float(i) for i in range(20)]
-    _, quarantine = everything(loaded.tables)
-    replayed = loaded.tables.read(replayed_table(USE_CASE)).column("row").to_pylist()
-    # Where the first load had ended, its three refused rows are quarantined anew, and taken up by the next run.
-    assert len(replayed) == len(set(replayed)), "each row was taken up once"
-    assert len(replayed) in (33, 36)
-    assert again(loaded, limited(300.0)).accepted == 23
+    again(loaded, limited(contract))
+    again(loaded, limited(300.0))
     assert inflows(loaded) == [float(i) for i in range(43)]
-    assert "key.duplicate" not in {rule for rules in quarantine.column("rules").to_pylist() for rule in rules}
+    replayed = loaded.tables.read(replayed_table(USE_CASE)).column("row").to_pylist()
+    assert len(replayed) == len(set(replayed)) == 33, "each row was taken up once"
+    _, quarantine = everything(loaded.tables)
+    assert quarantine.num_rows == 36, "nothing was refused that had passed"
+    assert again(loaded, limited(300.0)) == Replayed((), 0, 1, 2)
 
 
 def test_the_command_replays_and_says_what_came_of_it(loaded, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TIDEGATE_HOME", str(loaded.settings.home))
     assert command.main(["replay", "aqua", "--rule", "inflow.maximum"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["accepted"], said["left"], said["unreadable"]) == (30, 0, 0)
+    assert (said["accepted"], said["refused"], said["left"], said["unreadable"]) == (30, 0, 0, 0)
     assert command.main(["replay", "aqua", "--dimension", "none"]) == 1
     assert "'aqua' has no dimension 'none'" in capsys.readouterr().err
