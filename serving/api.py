@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastapi import Depends, Path, Request, Response, Security
@@ -178,9 +179,7 @@ def build_api(gateway: Gateway) -> DescribedApp:
         """Where the release stands, its evidence, and what the judge says of it."""
         return wire.RolloutStatus(**gateway.rollouts.status())
 
-    @app.get(
-        "/rollout/differences", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 404, 503), tags=["rollout"]
-    )
+    @app.get("/differences", dependencies=allow(Scope.READ), responses=refusals(*_KEY, 404, 503), tags=["rollout"])
     def differences() -> wire.RolloutDifferences:
         """What the version that is tried says differently: the distribution, and the worst cases."""
         return wire.RolloutDifferences(**gateway.rollouts.differences())
@@ -240,20 +239,22 @@ def build_api(gateway: Gateway) -> DescribedApp:
         found = gateway.rollouts.start_test(body.test, by=who.name, force=body.force, reason=body.reason)
         return wire.ABTestStatus(**found)
 
-    @app.post(
-        "/ab/{command}",
-        dependencies=by_release,
-        responses=refusals(400, *_KEY, 404, 409, 413, 422, 503),
-        openapi_extra=takes(wire.RolloutCommand, _REASON),
-        tags=["A/B test"],
-    )
-    def command_test(
-        command: Literal["pause", "resume", "abort"],
-        who: Principal = releaser,
-        body: wire.RolloutCommand = to_command,
-    ) -> wire.ABTestStatus:
-        """Pauses, resumes or aborts the A/B test that runs; while it is paused the champion answers all."""
-        return wire.ABTestStatus(**gateway.rollouts.command_test(command, by=who.name, reason=body.reason))
+    def steering(word: str) -> Callable[..., wire.ABTestStatus]:
+        def command_test(who: Principal = releaser, body: wire.RolloutCommand = to_command) -> wire.ABTestStatus:
+            """Pauses, resumes or aborts the A/B test that runs; while it is paused the champion answers all."""
+            return wire.ABTestStatus(**gateway.rollouts.command_test(word, by=who.name, reason=body.reason))
+
+        return command_test
+
+    for word in ("pause", "resume", "abort"):  # a route each: one for all would take a POST to the report for a command
+        app.post(
+            f"/ab/{word}",
+            name=f"{word}_test",
+            dependencies=by_release,
+            responses=refusals(400, *_KEY, 404, 409, 413, 422, 503),
+            openapi_extra=takes(wire.RolloutCommand, _REASON),
+            tags=["A/B test"],
+        )(steering(word))
 
     @app.get("/healthz", tags=["health"])
     def healthz() -> wire.Alive:

@@ -111,7 +111,7 @@ def _rollout_command(command: str, reason: str) -> _Call[RolloutStatus]:
 
 
 def _differences() -> _Call[RolloutDifferences]:
-    return _Call("GET", "/rollout/differences", None, RolloutDifferences.model_validate)
+    return _Call("GET", "/differences", None, RolloutDifferences.model_validate)
 
 
 def _test() -> _Call[ABTestStatus]:

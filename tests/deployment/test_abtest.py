@@ -9,6 +9,7 @@ import signal
 import subprocess
 from datetime import timedelta
 
+import pyarrow.compute as pc
 import pytest
 
 from cluster.tables import Tables
@@ -19,7 +20,7 @@ from serving.client import TidegateError
 from serving.drills import Drill
 from tests.deployment import releasing
 from tests.deployment.releasing import INSTANCE, SETTLED, copy, replicas, tidegate
-from tests.deployment.waiting import drained, until
+from tests.deployment.waiting import until
 
 load, client = releasing.load, releasing.client  # fixtures
 
@@ -76,11 +77,11 @@ def test_the_better_version_wins_by_its_outcomes_and_its_release_is_asked_for(de
     client.rollout_command("abort", "the test is about who won")
     until(lambda: client.rollout().phase in SETTLED, "it is over")
     assert replicas(demo, "aqua") == gateways, "no gateway was replaced"
-    drained(client)
-    use_case, tables = usecases.load("aqua"), Tables(demo.settings.tables_url)
-    logged = tables.read(predictions_table(use_case), columns=["assigned", "model_version", "test"]).to_pylist()
-    mine = [row for row in logged if row["test"] == ended.test]
+    tables, name = Tables(demo.settings.tables_url), predictions_table(usecases.load("aqua"))
+    columns = ["assigned", "model_version", "unit"]
+    mine = tables.read(name, columns=columns, filter=pc.field("test") == ended.test).to_pylist()
     assert {row["assigned"] for row in mine} == {champion, better, other}
+    assert all(row["unit"] for row in mine)
     assert all(row["model_version"] in (row["assigned"], champion) for row in mine)
 
 

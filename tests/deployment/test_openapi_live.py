@@ -21,6 +21,7 @@ from tests.deployment.test_routes import operations
 from tests.deployment.waiting import drained, until
 
 COMMANDS = ("pause", "resume", "approve", "abort")
+STEERING = ("POST /ab/pause", "POST /ab/resume", "POST /ab/abort")
 CONFIG = {
     "checks": {"negative_data_rejection": {"expected-statuses": ["400", "401", "404", "409", "413", "422"]}},
     "operations": [
@@ -67,9 +68,9 @@ def test_generated_requests_are_answered_as_the_document_says(case, gateway):
 def test_every_operation_was_asked_and_took_valid_requests(document):
     assert set(asked) == set(operations(document))
     # Nothing is there to be released or tested.
-    operators = {"POST /rollout/start", "POST /rollout/{command}", "POST /ab/start", "POST /ab/{command}"}
+    operators = {"POST /rollout/start", "POST /rollout/{command}", "POST /ab/start", *STEERING}
     refused = {label for label, statuses in asked.items() if 200 not in statuses}
-    nothing = {"GET /rollout/differences", "GET /ab", "GET /ab/report"}
+    nothing = {"GET /differences", "GET /ab", "GET /ab/report"}
     assert refused == {"POST /dimensions/{name}/events", *nothing, *operators}
     assert all(409 in asked[label] for label in operators)
 
@@ -105,9 +106,9 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
             assert answer.status_code == 200, (method, path, answer.text)
             return answer.json()
 
-        tests = {"POST /ab/start", "POST /ab/{command}", "GET /ab", "GET /ab/report"}
+        tests = {"POST /ab/start", "GET /ab", "GET /ab/report", *STEERING}
         last = {"POST /dimensions/{name}/events", "POST /rollout/start", "POST /rollout/{command}", *tests}
-        last.add("GET /rollout/differences")
+        last.add("GET /differences")
         found = operations(document)
         for label in found.keys() - last:
             method, path = label.split()
@@ -125,6 +126,5 @@ def test_the_examples_of_the_document_are_answered_with_200(gateway, document):
         assert send("POST", *example(found["POST /ab/start"], "/ab/start"))["running"]
         assert send("GET", "/ab", None)["variants"][0]["version"] == version
         assert "A/B test 2 of aqua" in client.ab_report()
-        operation = {**found["POST /ab/{command}"], "parameters": []}
-        for command in ("pause", "resume", "abort"):
-            send("POST", *example(operation, f"/ab/{command}"))
+        for label in STEERING:
+            send("POST", *example(found[label], label.removeprefix("POST ")))
