@@ -64,9 +64,9 @@ def test_a_challenger_that_answers_the_wrong_shape_answers_nobody(demo, client, 
 
 @pytest.mark.timeout(240)
 def test_a_challenger_whose_calls_hang_is_withdrawn_at_its_cap_of_harm(demo, client, load, alone):
-    """Some calls are answered at first, so that it comes to answer callers and hangs there."""
+    """Some calls are answered at first, so that it comes to answer callers and hangs there, for as long as it takes."""
     version = copy(demo, client, Drill(hang=0.2))
-    client.rollout_start(version, policy=CALM.model_copy(update={"harm_cap": 25}))
+    client.rollout_start(version, policy=CALM.model_copy(update={"harm_cap": 25, "steps": LONG.steps}))
     assert finished(client, version) == "rolled_back"
     assert "harmed or left unanswered" in why(demo, version)
 
