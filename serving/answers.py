@@ -113,6 +113,11 @@ class Answered:
     document: dict[str, Any]
     rows: list[dict[str, Any]]
 
+    def part(self, first: int, last: int) -> Answered:
+        """Those of the instances from ``first`` up to ``last``."""
+        document = {**self.document, "predictions": self.document["predictions"][first:last]}
+        return Answered(document, self.rows[first:last])
+
     def records(self, other: Other | None = None) -> list[bytes]:
         """The log records, with what the version said that did not answer."""
         if other is not None:

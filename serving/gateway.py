@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from serving.problems import Problem
 from serving.rollout.operators import Rollouts
 from serving.runner import DescribedVersion, LoadedVersion, VersionRefused
 from serving.split import Split
+from serving.together import Together
 from serving.trial import Asked, Trial
 from serving.watch import Watch
 from serving.way import Described
@@ -98,6 +99,7 @@ class Gateway:
         self.rollouts = Rollouts(usecase, settings, self.database, self.clock)
         self.watch = Watch(lambda: self.state, self.alerts, self.clock)
         self._answering = 0
+        self._together = Together(self._champion)
         from serving.api import build_api  # it imports the request models, which a worker without HTTP never needs
 
         self.api = build_api(self)
@@ -153,6 +155,11 @@ class Gateway:
         document, began = await self._json(receive), time.perf_counter()
         records = self.predictor.parse(document)
         serving, now, champion = self.follower.serving, self.clock.now(), self.predictor.champion
+        few, plain = len(records) <= _INLINE_INSTANCES, serving.trial is None and serving.split is None
+        if few and plain and variant != _CHALLENGER:
+            answered = await self._together.answered(records)
+            self.intake.predictions(answered.records())
+            return orjson.dumps(answered.document)
         if len(records) <= _INLINE_INSTANCES:
             prepared, prediction, took = champion(records, serving.champion, now)
         else:
@@ -172,6 +179,12 @@ class Gateway:
         )
         answer = self._tried(version, tried, asked) if isinstance(tried, Trial) else self._split(version, tried, asked)
         return orjson.dumps((await answer).document)
+
+    def _champion(self, records: Sequence[Mapping[str, Any]]) -> Answered:
+        """The champion's answers to a few records, which may be those of several requests."""
+        version = self.follower.serving.champion
+        prepared, prediction, _ = self.predictor.champion(records, version, self.clock.now())
+        return self.predictor.compose(prepared, prediction, version.version)
 
     async def _tried(self, champion: str, trial: Trial, asked: Asked) -> Answered:
         """The answers while a version is being tried; the log gets what both versions said.
