@@ -8,6 +8,8 @@ import pytest
 
 from cluster.database import Database
 from pipelines.spec import ABTest, Assignment
+from pipelines.statistics.asymptotic import Sample
+from pipelines.validation.arms import Arm
 from serving.rollout.controller import START_TIMEOUT_S, Controller
 from serving.rollout.machine import Kind, NotAllowed, Outcome, Phase
 from serving.rollout.pages import report
@@ -228,7 +230,7 @@ def test_going_back_to_the_previous_champion_ends_it(database):
 def test_results_of_an_earlier_test_are_not_taken(database):
     play = played(database, "abort", "settle", "test", "settle")
     assert play.controller.state.rollout == 2
-    play.controller.take_results(1, ())
+    play.controller.take_results(1, (Arm("8", 400, Sample(400, 5.0, 1.0)),))
     assert play.controller.situation.evidence.results == ()
 
 
