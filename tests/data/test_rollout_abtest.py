@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 
@@ -31,6 +32,17 @@ from tests.data.rollout_play import (
 
 names = itertools.count()
 TESTED = ["settle", "test", "settle"]
+
+
+@dataclass
+class Stubborn(FakeWorld):
+    """A world in which nothing is deployed any more once ``deploys`` is false."""
+
+    deploys: bool = True
+
+    def deploy(self, version: str) -> None:
+        if self.deploys:
+            super().deploy(version)
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +172,14 @@ def test_a_variant_whose_state_is_never_complete_ends_it_after_a_while(database)
 
 
 def test_a_variant_that_ran_and_is_away_for_a_moment_is_deployed_again(database):
-    play = played(database, world=FakeWorld(open=["1"]))
+    world = Stubborn(open=["1"])
+    play = played(database, world=world)
     play.settle()
     play.world.applications.discard("8")
     play.settle()
     assert play.world.applications == {"8", "9"}
     assert play.controller.state.phase is Phase.TESTING
-    play.world.deploy = lambda version: None  # type: ignore[method-assign]
+    world.deploys = False
     play.world.applications.discard("8")
     play.settle()
     play.time += START_TIMEOUT_S
