@@ -56,7 +56,8 @@ class Prepared:
 
     def reasons(self, row: int) -> list[str]:
         """What the answer to that instance has to be flagged with; empty when its inputs are all there and fresh."""
-        found = [reason for status, reason in _REASONS.items() if (self.filled.status[row] == status).any()]
+        statuses = set(self.filled.status[row].tolist())
+        found = [reason for status, reason in _REASONS.items() if status in statuses]
         if not self.read.known[row]:
             found.insert(0, "unknown_entity")
         if row in self.filled.refused and self.filled.refused[row] not in found:

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
@@ -17,26 +17,13 @@ from ray.serve.schema import ApplicationStatus
 from cluster.processes import bound_memory
 from cluster.settings import Settings
 from pipelines import usecases
-from pipelines.training.artifact import Prediction
 from serving.drills import DrilledRunner, drill_of
+from serving.frames import Reply, pack_reply, pack_rows, unpack_reply, unpack_rows
+from serving.line import Line, Listener, Place
 from serving.runner import Rows, load_version
 
 _CPUS = 0.1
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A challenger's answers [n] each, and how long it spent inside the runner."""
-
-    value: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    seconds: float
-
-    @property
-    def prediction(self) -> Prediction:
-        """The answers as a runner gives them."""
-        return Prediction(self.value, self.lower, self.upper)
+_HANGS_S = 30.0
 
 
 class Challenger:
@@ -49,12 +36,32 @@ class Challenger:
         loaded = load_version(usecases.load(usecase), version, settings, apart=False)
         drill = drill_of(settings.drills, usecase, version)
         self._runner = loaded.runner if drill is None else DrilledRunner(loaded.runner, drill)
+        self._listener = Listener(_address(), self._answer)
 
-    def predict(self, rows: Rows) -> Reply:
-        """Answers n rows; see ``Runner.predict``."""
+    def place(self) -> Place:
+        """Where gateways ask it."""
+        return self._listener.place
+
+    def check_health(self) -> None:
+        """Raises when it no longer answers, so that Serve replaces it."""
+        if not self._listener.alive():
+            raise RuntimeError("it no longer listens")
+        if self._listener.busy_s() > _HANGS_S:
+            raise RuntimeError(f"it has answered one request for more than {_HANGS_S:g} s")
+
+    def _answer(self, message: bytes) -> bytes:
+        """See ``Runner.predict``."""
+        rows = unpack_rows(message)
         began = time.perf_counter()
         found = self._runner.predict(rows.columns, rows.strings, rows.level)
-        return Reply(found.value, found.lower, found.upper, time.perf_counter() - began)
+        return pack_reply(found, time.perf_counter() - began)
+
+
+def _address() -> str:
+    """That of this node in the cluster: no other interface of the machine is listened on."""
+    me = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return next(str(node["NodeManagerAddress"]) for node in nodes if node["NodeID"] == me)
 
 
 def application(usecase: str, version: str) -> str:
@@ -76,8 +83,6 @@ class Applications:
         deployment = serve.deployment(
             name="challenger",
             num_replicas=1,
-            max_ongoing_requests=32,
-            max_queued_requests=64,
             ray_actor_options={"num_cpus": _CPUS},
             graceful_shutdown_timeout_s=2,
             graceful_shutdown_wait_loop_s=0.2,
@@ -106,7 +111,7 @@ class Applications:
 
 
 class Asker:
-    """Asks one challenger; made in any thread, asked in an event loop."""
+    """Asks one challenger; made in any thread, asked in one event loop."""
 
     def __init__(self, usecase: str, version: str) -> None:
         known = serve.get_app_handle(application(usecase, version))  # raises when there is no such application
@@ -116,21 +121,37 @@ class Asker:
         # beside it.
         handle._init(_run_router_in_separate_loop=True)
         self._handle = handle
+        self._place: Place | None = None  # told and not yet used
+        self._line: Line | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connecting = asyncio.Lock()
 
     def ready(self, timeout_s: float) -> bool:
-        """Whether the handle knows a replica within the time: a first request should not have to wait for that."""
-        deadline = time.monotonic() + timeout_s
-        while not self._handle.running_replicas_populated():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
+        """Whether the challenger says where it is within the time: a first request should not have to wait for that."""
+        try:
+            self._place = self._handle.place.remote().result(timeout_s=timeout_s)
+        except TimeoutError:
+            return False
         return True
 
     async def ask(self, rows: Rows) -> Reply:
         """The challenger's answers; raises whatever went wrong with it."""
-        reply: Reply = await self._handle.predict.remote(rows)
-        return reply
+        line = self._line
+        if line is None or line.lost:
+            line = await self._connected()
+        return unpack_reply(await line.ask(pack_rows(rows)))
+
+    async def _connected(self) -> Line:
+        async with self._connecting:
+            if self._line is None or self._line.lost:  # nobody else has seen to it meanwhile
+                place, self._place = self._place, None
+                if place is None:  # it was started again, and is elsewhere
+                    place = await self._handle.place.remote()
+                self._loop, self._line = asyncio.get_running_loop(), await Line.connect(place)
+            return self._line
 
     def close(self) -> None:
-        """Lets go of the handle's connections."""
+        """Lets go of the line and of the handle's connections."""
+        if self._line is not None and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._line.close)
         self._handle.shutdown()

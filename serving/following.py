@@ -25,7 +25,8 @@ from cluster.database import Database
 from cluster.settings import Settings
 from pipelines.spec import UseCase
 from serving import routing
-from serving.challenger import Asker, Reply
+from serving.challenger import Asker
+from serving.frames import Reply
 from serving.rollout.actor import handle, start
 from serving.rollout.serve_world import gateway_lease, gateway_name
 from serving.routing import Challenger, RoutingTable, UnknownTable

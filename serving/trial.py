@@ -134,7 +134,7 @@ class Trial:
         harmed = int((assigned & ~taken & prepared.usable).sum())
         self._accidents += harmed > 0
         served, first = int(taken.sum()), bool(assigned[0])
-        failed = not (taken[0] or got.late) if first else not bool(self._allowed.valid(champion)[0])
+        failed = not (taken[0] or got.late) if first else not self._allowed.first(champion)
         took = asked.champion_s if not first else reply.seconds if reply is not None else None
         event = self._event(asked, weight, challenger=first, failed=failed, took=took)
 
@@ -151,7 +151,7 @@ class Trial:
     def count_champion(self, asked: Asked, weight: float) -> None:
         """Counts a request that the split left to the champion, at that ``weight``."""
         if asked.evident:
-            failed = not bool(self._allowed.valid(asked.champion)[0])
+            failed = not self._allowed.first(asked.champion)
             event = self._event(asked, weight, challenger=False, failed=failed, took=asked.champion_s)
             self._tally.add(self.challenger.rollout, lambda counts: self._judge(counts, asked, event))
 
@@ -213,7 +213,7 @@ class Trial:
         # belongs to one of them, and a request that fails in both must not count twice.
         coin = place(asked.key, f"{challenger.salt}/coin") < COIN
         in_shadow = challenger.weight <= 0  # later the assigned requests are the evidence
-        fine = bool(self._allowed.valid(champion)[0])
+        fine = self._allowed.first(champion)
         copied = not (valid or got.late), reply.seconds if reply is not None else None
         answered = not fine, asked.champion_s
         on_trial, other = (answered, copied) if challenger.watch else (copied, answered)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,9 +14,12 @@ import numpy as np
 
 from pipelines.training.artifact import Prediction
 from serving.answers import Prepared
-from serving.challenger import Reply
+from serving.frames import Reply
 from serving.runner import DescribedVersion, LoadedVersion, Rows
 
+logger = logging.getLogger(__name__)
+
+_KINDS_TOLD = 256
 Described = DescribedVersion | LoadedVersion
 """Says how a version's own rows are made."""
 RowsOf = Callable[[Described], Awaitable[Prepared]]
@@ -52,6 +58,11 @@ class Allowed:
             valid: np.ndarray = ordered & ended & (found.value >= self.low) & (found.value <= self.high)
         return valid
 
+    def first(self, found: Prediction) -> bool:
+        """The same of the first answer alone, for less."""
+        lower, value, upper = float(found.lower[0]), float(found.value[0]), float(found.upper[0])
+        return -math.inf < lower <= value <= upper < math.inf and self.low <= value <= self.high
+
 
 async def within(
     deadline_s: float, ask: Ask, described: Described, rows_of: RowsOf, of: Callable[[Prepared], Rows]
@@ -81,9 +92,24 @@ async def within(
         return Got(None)
     except TimeoutError:
         return Got(None, late=True)
-    except Exception:  # noqa: BLE001 — whatever a version raises or answers is its failure, and counted as one
+    except Exception as error:  # noqa: BLE001 — whatever a version raises or answers is its failure, and counted as one
+        _tell(described.version, type(error), str(error))
         return Got(None)
     return Got(reply if value.shape == lower.shape == upper.shape == (rows.count,) else None, tried)
+
+
+_told: OrderedDict[tuple[str, type], None] = OrderedDict()
+
+
+def _tell(version: str, kind: type, said: str) -> None:
+    """Each kind of failure is told once, or a version that always fails would fill the log."""
+    if (version, kind) not in _told:
+        _told[version, kind] = None
+        logger.warning(
+            "version %s failed: %s: %s; more of this kind is counted and not logged", version, kind.__name__, said
+        )
+        if len(_told) > _KINDS_TOLD:
+            _told.popitem(last=False)
 
 
 def put(prediction: Prediction, rows: np.ndarray, good: np.ndarray, reply: Reply) -> Prediction:

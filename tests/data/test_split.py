@@ -11,6 +11,7 @@ import pytest
 
 from serving import routing
 from serving.routing import Share, digest, place
+from serving.runner import DescribedVersion
 from serving.split import Split, Variant
 from serving.tally import Tally
 from serving.way import Allowed
@@ -33,7 +34,8 @@ async def twelve(rows):
 def split(two: Any = good, three: Any = twelve, **changes: Any) -> tuple[Split, Tally]:
     tally = Tally("g", real=lambda: 0.0)
     nothing: Any = None
-    variants = {"2": Variant(two, nothing), "3": Variant(three, nothing)}
+    two_is, three_is = (DescribedVersion(version, nothing, None) for version in "23")
+    variants = {"2": Variant(two, two_is), "3": Variant(three, three_is)}
     return Split(HALF.model_copy(update=changes), variants, tally, Allowed(0.0, 300.0), "1"), tally
 
 

@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines.features.served import Status
 from pipelines.features.state import StateError
+from pipelines.training.artifact import Prediction
 from serving.answers import Other, Prepared
 from serving.routing import place
 from serving.trial import Trial
+from serving.way import Allowed
 from tests.data.trials import (
     KEY,
     ODD_INTERVALS,
@@ -158,8 +162,8 @@ def test_a_request_that_waits_longer_than_the_budget_is_counted_for_the_version_
     assigned = one.assign(KEY, ["e"] * 1, 0.5)
     asyncio.run(one.choose(asked(1, began=long_ago), assigned, 0.5))
     asyncio.run(one.choose(asked(1), assigned, 0.5))
-    for given in ({"began": long_ago}, {"began": long_ago, "counted": False}, {}):
-        one.count_champion(asked(1, **given), 0.5)
+    for changes in ({"began": long_ago}, {"began": long_ago, "counted": False}, {}):
+        one.count_champion(asked(1, **changes), 0.5)
     report = tally.report()
     assert report is not None
     assert (report.over, report.exposed) == ({0.5: (1, 1)}, {0.5: (2, 2)})
@@ -289,3 +293,24 @@ def test_all_requests_of_an_entity_find_one_version_and_it_is_told_of_once_a_ste
     moved, nobody = again.units["errors"][0.8]
     assert set(moved).isdisjoint(ours), "those that erred before are known"
     assert nobody == []
+
+
+ENDS = st.sampled_from([-np.inf, -1.0, 0.0, 5.0, 300.0, 301.0, np.inf, np.nan])
+
+
+@given(ENDS, ENDS, ENDS)
+def test_the_first_answer_alone_is_judged_like_all_of_them(value, lower, upper):
+    allowed, found = Allowed(0.0, 300.0), Prediction(*(np.array([end, 10.0]) for end in (value, lower, upper)))
+    assert allowed.first(found) == bool(allowed.valid(found)[0])
+
+
+def test_a_kind_of_failure_is_told_once(caplog):
+    async def fails(rows):
+        raise ZeroDivisionError(str(len(rows.strings)))
+
+    one, _ = trial(fails)
+    for _ in range(3):
+        request(one, 2)
+    told = [entry.getMessage() for entry in caplog.records if "ZeroDivisionError" in entry.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("version 2 failed: ")

@@ -12,9 +12,10 @@ from pipelines.features.online import Read
 from pipelines.features.served import Status
 from pipelines.training.artifact import Prediction
 from serving.answers import Prepared
-from serving.challenger import Reply
 from serving.fallback import Filled
+from serving.frames import Reply
 from serving.routing import Challenger, place
+from serving.runner import DescribedVersion
 from serving.tally import Tally
 from serving.trial import Asked, Trial
 from serving.way import Allowed
@@ -118,7 +119,8 @@ async def slow(rows):
 def trial(ask, **changes: Any) -> tuple[Trial, Tally]:
     tally = Tally("g", real=lambda: 0.0)
     nothing: Any = None
-    return Trial(challenger(**changes), ask, SLOW_S, tally, Allowed(0.0, 300.0), "1", nothing), tally
+    described = DescribedVersion("2", nothing, None)
+    return Trial(challenger(**changes), ask, SLOW_S, tally, Allowed(0.0, 300.0), "1", described), tally
 
 
 def asked(count: int, tried: Any = None, **changes: Any) -> Asked:

@@ -36,7 +36,7 @@ from pipelines.training.artifact import GRAPH, WEIGHTS, Artifact, Output, Predic
 from serving import following, gateway, routing
 from serving.answers import Predictor
 from serving.auth import owner_key
-from serving.challenger import Reply
+from serving.frames import Reply
 from serving.gateway import Gateway
 from serving.rollout.serve_world import ServeWorld
 from serving.routing import Challenger
