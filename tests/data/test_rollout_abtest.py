@@ -11,7 +11,8 @@ from cluster.database import Database
 from pipelines.spec import ABTest, Assignment
 from pipelines.statistics.asymptotic import Sample
 from pipelines.validation.arms import Arm
-from serving.rollout.controller import START_TIMEOUT_S, Controller
+from serving.rollout.controller import Controller
+from serving.rollout.lookout import START_TIMEOUT_S
 from serving.rollout.machine import Kind, NotAllowed, Outcome, Phase
 from serving.rollout.pages import report
 from serving.rollout.projections import aliases, describe, describe_test

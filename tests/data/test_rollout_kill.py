@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.database import Database, StaleEpoch, StaleJournal
-from serving.rollout.controller import APPLY_TIMEOUT_S, START_TIMEOUT_S, Controller
+from serving.rollout.controller import Controller
 from serving.rollout.journal import Journal, replay
+from serving.rollout.lookout import APPLY_TIMEOUT_S, START_TIMEOUT_S
 from serving.rollout.machine import Kind, Phase
 from serving.rollout.projections import aliases, describe
 from serving.routing import RoutingTable

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from cluster.database import Database
-from serving.rollout.controller import APPLY_TIMEOUT_S, PROMOTE_TIMEOUT_S, START_TIMEOUT_S, Controller
+from serving.rollout.controller import Controller
 from serving.rollout.journal import Journal
+from serving.rollout.lookout import APPLY_TIMEOUT_S, PROMOTE_TIMEOUT_S, START_TIMEOUT_S
 from serving.rollout.machine import Kind, Phase
 from serving.rollout.projections import WAITING, describe
 from tests.data.rollout_play import STEPS, USE_CASE, USUAL, Clock, FakeWorld, Loading, Play
