@@ -1,5 +1,5 @@
-"""``tidegate contract``: shows the contract of a page, tells what a change of it breaks, checks it beforehand, and
-sends quarantined rows through it again.
+"""``tidegate contract``: shows the contract of a page, tells what a change of it breaks, checks it beforehand, tells of
+a load on one HTML page, and sends quarantined rows through it again.
 
 A contract is named by its use case, or by a file that ``tidegate contract show`` has written.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,9 +23,12 @@ from cluster.database import Database
 from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
+from pipelines.contracts.enforce import events_table, quarantine_table
+from pipelines.contracts.events import LOAD_ID
 from pipelines.contracts.evolution import Change, diff, enough, required_version
 from pipelines.contracts.leases import LeaseLost
 from pipelines.contracts.lineage import Use, lineage
+from pipelines.contracts.page import EXAMPLES, load_page
 from pipelines.features.state import StateError
 from pipelines.features.windows import pages
 from pipelines.replay import replay
@@ -55,6 +59,11 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
     check = actions.add_parser("check", help="fail on a change that needs another version, or breaks the champion")
     check.add_argument("usecase")
     check.add_argument("--against", help="a file (default: the contract that the champion was trained under)")
+    page = actions.add_parser("page", help="one HTML page about a load: what came, what was refused and why")
+    page.add_argument("usecase")
+    page.add_argument("--load", help="its id (default: the load that ended last)")
+    page.add_argument("--dimension", help="a load of this dimension instead of events")
+    page.add_argument("--out", required=True, help="the file to write")
     again = actions.add_parser("replay", help="send quarantined rows through the contract again, each once")
     again.add_argument("usecase")
     again.add_argument("--rule", action="append", default=[], help="only rows that broke this rule; may be repeated")
@@ -67,6 +76,8 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
                 lines, fine = [usecases.load(options.usecase).contract.model_dump_json(indent=1)], True
             case "diff":
                 lines, fine = told_of(options.old, options.new), True
+            case "page":
+                lines, fine = [_page(usecases.load(options.usecase), options)], True
             case "replay":
                 lines, fine = [_replay(usecases.load(options.usecase), options)], True
             case _:
@@ -96,8 +107,11 @@ def read_contract(name: str) -> Contract:
 
 
 def affected(changes: Iterable[Change], uses: Iterable[Use]) -> tuple[Use, ...]:
-    """The uses that breaking changes reach: those of their fields, or all where one is of the contract as a whole."""
-    fields = {change.field for change in changes if change.breaking}
+    """The uses that breaking changes reach: those of their fields, or all where one is of the contract as a whole.
+
+    A rule is one of the fields that it names, and one of a load that names none reaches no column.
+    """
+    fields = {field for change in changes if change.breaking for field in (change.field, *change.reads)}
     return tuple(use for use in uses if None in fields or use.field in fields)
 
 
@@ -156,13 +170,38 @@ def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
     return ([said] if fine else lines), fine
 
 
+def _source(use_case: UseCase, dimension: str | None) -> EventSource:
+    if dimension is None:
+        return use_case
+    known = {part.name: part for part in use_case.dimensions}
+    if dimension not in known:
+        raise NoContract(f"{use_case.name!r} has no dimension {dimension!r}; it has {sorted(known)}")
+    return use_case.source(known[dimension])
+
+
+def _page(use_case: UseCase, options: argparse.Namespace) -> str:
+    source = _source(use_case, options.dimension)
+    settings = Settings.from_environment()
+    database = Database(settings.database_url)
+    database.create()
+    ended = [load for load in database.loads(source.name) if load.manifest is not None]
+    found = ended[-1:] if options.load is None else [load for load in ended if load.load_id == options.load]
+    if not found:
+        known = ", ".join(load.load_id for load in ended[-5:]) or "none"
+        raise NoContract(f"{source.name!r} has no load {options.load or ''!r} that has ended; the last are: {known}")
+    (load,) = found
+    tables = Tables(settings.tables_url, settings.storage_options)
+    mine, names = pc.field(LOAD_ID) == load.load_id, [field.name for field in source.contract.fields]
+    accepted = tables.read(events_table(source), columns=names, filter=mine)
+    columns = ["rules", "source", "position", "record"]
+    refused = tables.read(quarantine_table(source), columns=columns, filter=mine).slice(0, EXAMPLES).to_pylist()
+    text = load_page(source.contract, {**load.manifest} if load.manifest else {}, load.as_of_us, accepted, refused)
+    Path(options.out).write_text(text, encoding="utf-8")
+    return f"load {load.load_id} is told of in {options.out}"
+
+
 def _replay(use_case: UseCase, options: argparse.Namespace) -> str:
-    source: EventSource = use_case
-    if options.dimension is not None:
-        known = {dimension.name: dimension for dimension in use_case.dimensions}
-        if options.dimension not in known:
-            raise NoContract(f"{use_case.name!r} has no dimension {options.dimension!r}; it has {sorted(known)}")
-        source = use_case.source(known[options.dimension])
+    source = _source(use_case, options.dimension)
     settings = Settings.from_environment()
     database = Database(settings.database_url)
     database.create()

@@ -11,8 +11,9 @@ import os
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -24,17 +25,24 @@ from cluster.tables import DataFile, Tables
 from pipelines import usecases
 from pipelines.commands import explained
 from pipelines.contracts import enforce, events, sources
-from pipelines.contracts.datasets import Manifest, publishable, reconcile
+from pipelines.contracts.datasets import Manifest, findings, reconcile, refusals
 from pipelines.contracts.leases import events_lease
+from pipelines.contracts.profile import merged
 from pipelines.spec import EventSource
 from pipelines.spec.base import fingerprint
 
+REPLAY = "replay"
+"""What the ids of loads begin with that bring rows again."""
 Status = Literal["published", "refused", "already_published", "already_refused"]
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did. ``by_source`` gives rows_in, accepted and quarantined of each file."""
+    """What a load did. ``by_source`` gives rows_in, accepted and quarantined of each file.
+
+    ``refusals`` say why nothing was published, ``warnings`` which rules the load breaks that only warn; ``warned``
+    counts accepted rows by such rules.
+    """
 
     load_id: str
     status: Status
@@ -46,6 +54,9 @@ class LoadReport:
     events_version: int
     quarantine_version: int
     seconds: float
+    warned: dict[str, int] = field(default_factory=dict)
+    refusals: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def ingest(
@@ -100,7 +111,7 @@ def ingest(
     work = _buckets(staged)
     holder = f"load/{load_id}/{uuid.uuid4().hex}"
     with events_lease(database, source, holder) as still_held:
-        report = _publish(context, chosen, staged, work, still_held)
+        report = _publish(context, chosen, staged, work, _history(database, source.name, event_table), still_held)
     report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
     ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
     database.finish_load(load_id, ended, asdict(report))
@@ -114,6 +125,7 @@ def _publish(
     engine: enforce.Engine,
     staged: list[enforce.Staged],
     work: list[enforce.Bucket],
+    history: list[int],
     still_held: Any,
 ) -> LoadReport:
     tables, marker = context.tables, f"load/{context.load_id}"
@@ -130,14 +142,19 @@ def _publish(
 
     refused = decided and not committed  # a refused load has only the quarantine's marker
     settled, manifest = settle("recover" if committed else "refuse" if refused else "publish")
-    if not committed and not refused and not publishable(context.contract, manifest.total):
+    broken = findings(context.contract, merged(part.profile for part in settled), history, context.as_of_us)
+    reasons = refusals(context.contract, manifest) + [f"{f.rule}: {f.said}" for f in broken if f.refuses]
+    if reasons and not committed and not refused:
         refused = True
         settled, manifest = settle("refuse")
     still_held()
     if not refused:
         version = tables.commit(context.events, _files(s.events for s in settled), marker).version
-    refusals = _files([*(s.quarantine for s in staged), *(s.quarantine for s in settled)])
-    quarantine_version = tables.commit(context.quarantine, refusals, marker).version
+    refused_rows = _files([*(s.quarantine for s in staged), *(s.quarantine for s in settled)])
+    quarantine_version = tables.commit(context.quarantine, refused_rows, marker).version
+    warned: Counter[str] = Counter()
+    for part in staged:
+        warned.update(part.warned)
     return LoadReport(
         load_id=context.load_id,
         status="refused" if refused else "published",
@@ -149,7 +166,20 @@ def _publish(
         events_version=version,
         quarantine_version=quarantine_version,
         seconds=0.0,
+        warned=dict(sorted(warned.items())),
+        refusals=tuple(reasons) if refused else (),
+        warnings=tuple(f"{f.rule}: {f.said}" for f in broken if not f.refuses),
     )
+
+
+def _history(database: Database, usecase: str, table: str) -> list[int]:
+    """The accepted rows of the loads that were published into a table, the newest last; replays are no deliveries."""
+    loads = (load for load in database.loads(usecase) if load.table == table and load.status == "published")
+    return [
+        load.manifest["accepted"]
+        for load in loads
+        if load.manifest is not None and not load.load_id.startswith(f"{REPLAY}/")
+    ]
 
 
 def _whole_files(context: enforce.LoadContext, staged: list[enforce.Staged]) -> list[enforce.Staged]:

@@ -32,7 +32,7 @@ from pipelines.contracts.enforce import quarantine_table
 from pipelines.contracts.leases import kept_lease
 from pipelines.contracts.parsing import from_records, from_text
 from pipelines.contracts.rows import check
-from pipelines.ingest import LoadReport, ingest
+from pipelines.ingest import REPLAY, LoadReport, ingest
 from pipelines.spec import Contract, EventSource
 from pipelines.spec.base import fingerprint
 
@@ -161,8 +161,9 @@ class _Place:
         filesystem, root = open_filesystem(f"{self.uri}/{name}", self.tables.storage_options)
         with filesystem.open_input_stream(f"{root}/{_CONTRACT}.json") as stream:
             contract = Contract.model_validate_json(stream.read())
-        # The share of rows that may be refused is meant for deliveries: here only duplicates are left to be refused.
-        contract = contract.model_copy(update={"max_rejected_share": 1.0})
+        # What a load has to be is meant for deliveries: here some rows of several are loaded, and only duplicates are
+        # left to be refused.
+        contract = contract.model_copy(update={"max_rejected_share": 1.0, "load_rules": ()})
         report = ingest(
             self.source.model_copy(update={"contract": contract}),
             [f"{self.uri}/{name}/{_ROWS}"],
@@ -170,7 +171,7 @@ class _Place:
             database=self.database,
             settings=self.settings,
             clock=self.clock,
-            load_id=f"replay/{self.source.name}/{name}",
+            load_id=f"{REPLAY}/{self.source.name}/{name}",
             known_from_us=self.clock.now() if name.startswith(_HTTP) else 0,
         )
         filesystem.delete_dir(root)

@@ -158,6 +158,7 @@ class Predictor:
         self._views = views
         self._made = {view: _view(state) for view, state in views.states.items()}
         self._model = instances(use_case)
+        self._low, self._high = use_case.contract.field(use_case.model.target.field).limits
         # Ids have to differ, not to be secret; the operating system is asked once, for it takes long.
         self._draw = random.Random(secrets.randbits(256)).getrandbits
 
@@ -168,7 +169,7 @@ class Predictor:
             record, problems = check_record(self._model, instance, 0)
             if record is None:
                 errors += [
-                    {"pointer": f"/instances/{position}/{p.field}", "rule": p.rule, "detail": p.message}
+                    {"pointer": f"/instances/{position}/{p.field}".rstrip("/"), "rule": p.rule, "detail": p.message}
                     for p in problems
                 ]
             else:
@@ -248,6 +249,8 @@ class Predictor:
         said = (series.tolist() for series in (prediction.value, prediction.lower, prediction.upper))
         for i, (value, lower, upper) in enumerate(zip(*said, strict=True)):
             valid, bounded = math.isfinite(value), math.isfinite(lower) and math.isfinite(upper)
+            # Whichever version says it: a number outside of the contract is no answer.
+            allowed = self._low <= value <= self._high and (not bounded or lower <= value <= upper)
             identity = f"{prefix}{i:04x}"
             made_by = own[i]
             if made_by is None:
@@ -263,11 +266,13 @@ class Predictor:
             degraded = rows.reasons(i) if flagged or not read.known[i] or i in filled.refused else []
             if not valid:
                 degraded.append("no_answer")
+            elif not allowed:
+                degraded.append("output_refused")
             answers.append(
                 {
                     "prediction_id": identity,
-                    "value": value if valid else None,
-                    "interval": [lower, upper] if valid and bounded else None,
+                    "value": value if allowed else None,
+                    "interval": [lower, upper] if allowed and bounded else None,
                     "model_version": version,
                     "variant": variant,
                     "features": flagged,

@@ -47,7 +47,8 @@ class EventIntake:
         self._commit = GroupCommit(log, clock, after_commit=project, max_kept=max_kept)
 
     async def ingest(self, events: Sequence[Any]) -> list[dict[str, Any]]:
-        """One result per event, in order: accepted (with its sequence) or quarantined (with the broken rules).
+        """One result per event, in order: accepted (with its sequence, and the rules that it breaks and that
+        only warn) or quarantined (with the broken rules).
 
         An event whose id is remembered is accepted again without being stored again. Raises ``Problem`` 429
         when the log cannot take more, 503 when it does not answer: some of the events may then be durable.
@@ -71,7 +72,8 @@ class EventIntake:
                 refused.append(self._quarantine(event, position, rules, now))
             else:
                 event_id, identity, value = self._encode(record)
-                results.append({"status": "accepted", "event_id": event_id})
+                warnings = {"warnings": [problem.rule for problem in problems]} if problems else {}
+                results.append({"status": "accepted", "event_id": event_id, **warnings})
                 accepted.append(Record(identity, value))
                 places.append(position)
         sequences: Sequences = []

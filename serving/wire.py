@@ -65,12 +65,16 @@ class RuleProblem(BaseModel):
 
 
 class EventResult(BaseModel):
-    """What became of one event. A duplicate was stored before and is accepted without being stored again."""
+    """What became of one event. A duplicate was stored before and is accepted without being stored again.
+
+    ``warnings`` are rules that an accepted event breaks and that refuse none.
+    """
 
     status: Literal["accepted", "quarantined"]
     event_id: str | None = None
     sequence: int | None = None
     duplicate: bool = False
+    warnings: list[str] = []
     rules: list[str] = []
     problems: list[RuleProblem] = []
 

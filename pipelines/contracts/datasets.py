@@ -1,16 +1,34 @@
-"""Rules of a whole load: each key once, few enough refused rows, and rows in = accepted + quarantined."""
+"""Rules of a whole load: each key once, few enough refused rows, what its contract wants of it as a whole, and rows in
+= accepted + quarantined.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from statistics import median
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.spec import Contract
+from pipelines.contracts.profile import Found, Moments, Profile
+from pipelines.contracts.rules import LOAD_REFUSED, severities
+from pipelines.spec import (
+    Contract,
+    Distribution,
+    Freshness,
+    LoadRule,
+    Monotone,
+    NullShare,
+    Severity,
+    Silence,
+    Volume,
+)
+
+_LEAST_HISTORY = 3
 
 
 class ReconciliationError(RuntimeError):
@@ -81,6 +99,90 @@ def reconcile(tallies: Iterable[tuple[str, Tally]], by_rule: Iterable[tuple[str,
     return Manifest(total, dict(sorted(counted.items())), by_source)
 
 
-def publishable(contract: Contract, total: Tally) -> bool:
-    """Whether the refused share of a load is at most ``contract.max_rejected_share``."""
-    return total.quarantined <= contract.max_rejected_share * total.rows_in
+def refusals(contract: Contract, manifest: Manifest) -> list[str]:
+    """Why a load is not to be published, in words; empty when it is.
+
+    More than ``contract.max_rejected_share`` of its rows are refused, or one breaks a rule for which loads are refused.
+    """
+    rows_in, found = manifest.total.rows_in, []
+    refused = manifest.total.quarantined - manifest.by_rule.get(LOAD_REFUSED, 0)  # those are refused for the others
+    if refused > contract.max_rejected_share * rows_in:
+        share = refused / rows_in
+        found.append(f"{share:.1%} of the rows are refused, and at most {contract.max_rejected_share:.1%} may be")
+    strict = severities(contract)
+    for rule, count in manifest.by_rule.items():
+        if strict.get(rule) is Severity.REFUSE:
+            found.append(f"{count} rows break {rule}, for which a load is refused")
+    return found
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule of a load that is broken: what was measured, in words, and whether the load is refused for it."""
+
+    rule: str
+    said: str
+    refuses: bool
+
+
+def findings(contract: Contract, profile: Profile, history: Sequence[int], as_of_us: int) -> list[Finding]:
+    """The load rules that rows of that profile break, in contract order.
+
+    ``history`` are the accepted rows of the loads published before, the newest last; the load began at ``as_of_us``.
+    """
+    found = []
+    for rule in contract.load_rules:
+        said = _broken(rule, profile, history, as_of_us)
+        if said is not None:
+            found.append(Finding(rule.id, said, rule.severity is Severity.REFUSE))
+    return found
+
+
+def _broken(rule: LoadRule, profile: Profile, history: Sequence[int], as_of_us: int) -> str | None:
+    """What is wrong, in words; None when nothing is."""
+    match rule:
+        case Volume():
+            return _volume(rule, profile.rows, history)
+        case Freshness(max_age=most):
+            if profile.newest_us is None:
+                return "there is no row, so nothing is fresh"
+            age = timedelta(microseconds=as_of_us - profile.newest_us)
+            return f"the newest event is {age} old, and at most {most} is allowed" if age > most else None
+        case NullShare(field=name, maximum=maximum):
+            nulls = profile.nulls.get(name, 0)
+            if nulls <= maximum * profile.rows:
+                return None
+            return f"{nulls / profile.rows:.1%} of {name} are null, and at most {maximum:.1%} may be"
+        case Distribution():
+            return _distribution(rule, profile.moments.get(rule.field, Moments()))
+        case Monotone(field=name):
+            fell = profile.descents.get(name, Found())
+            return f"{name} fell {fell.count} times, by most {_worst(fell, '')}" if fell.count else None
+        case Silence(every=every):
+            gaps = profile.gaps.get(rule.id, Found())
+            return f"{gaps.count} gaps exceed {every}, the longest {_worst(gaps, ' s')}" if gaps.count else None
+
+
+def _volume(rule: Volume, rows: int, history: Sequence[int]) -> str | None:
+    if rule.minimum is not None and rows < rule.minimum:
+        return f"{rows} rows are fewer than {rule.minimum}"
+    if rule.maximum is not None and rows > rule.maximum:
+        return f"{rows} rows are more than {rule.maximum}"
+    past = history[-rule.history :] if rule.history is not None else ()
+    if len(past) < _LEAST_HISTORY:
+        return None
+    usual, (low, high) = median(past), rule.ratio
+    if low * usual <= rows <= high * usual:
+        return None
+    return f"{rows} rows are not between {low:g} and {high:g} times {usual:g}, the median of the last {len(past)} loads"
+
+
+def _distribution(rule: Distribution, moments: Moments) -> str | None:
+    for name, bounds, value, least in (("mean", rule.mean, moments.mean, 1), ("std", rule.std, moments.std, 2)):
+        if bounds is not None and moments.count >= least and not bounds[0] <= value <= bounds[1]:
+            return f"the {name} of {rule.field} is {value:.6g}, and must lie between {bounds[0]:g} and {bounds[1]:g}"
+    return None
+
+
+def _worst(found: Found, unit: str) -> str:
+    return ", ".join(f"{how_bad:g}{unit} ({entity})" for how_bad, entity in found.worst)

@@ -21,6 +21,7 @@ from cluster.tables import DataFile, Tables
 from pipelines.contracts import events, rules, sources
 from pipelines.contracts.datasets import Tally, unique_keys
 from pipelines.contracts.parsing import Parsed
+from pipelines.contracts.profile import Profile, profiled
 from pipelines.contracts.rows import RowVerdict, check
 from pipelines.spec import Contract, EventSource
 from pipelines.spec.base import microseconds
@@ -59,12 +60,16 @@ class LoadContext:
 
 @dataclass(frozen=True)
 class Staged:
-    """What one split became: accepted rows by bucket (a file each), refused rows in a quarantine file."""
+    """What one split became: accepted rows by bucket (a file each), refused rows in a quarantine file.
+
+    ``warned`` counts accepted rows by the rules that they break and that refuse none.
+    """
 
     order: int
     rows_in: int
     refused: int
     by_rule: dict[str, int]
+    warned: dict[str, int]
     files: dict[int, str]
     quarantine: DataFile | None
     earliest_us: int | None
@@ -74,7 +79,10 @@ class Staged:
 
 @dataclass(frozen=True)
 class Settled:
-    """What one bucket became; ``accepted`` and ``refused`` count rows by the order of their source."""
+    """What one bucket became; ``accepted`` and ``refused`` count rows by the order of their source.
+
+    ``profile`` is that of the rows which are accepted unless the load is refused.
+    """
 
     bucket: int
     accepted: dict[int, int]
@@ -82,6 +90,7 @@ class Settled:
     by_rule: dict[str, int]
     events: DataFile | None
     quarantine: DataFile | None
+    profile: Profile
 
 
 def quarantine_rows(
@@ -113,6 +122,7 @@ def stage(context: LoadContext, part: sources.Split) -> Staged:
     writers: dict[int, _Writer] = {}
     refused: list[pa.Table] = []
     by_rule: Counter[str] = Counter()
+    warned: Counter[str] = Counter()
     rows_in, low, high = 0, None, None
     try:
         for batch in sources.read(contract, part, context.tables.storage_options):
@@ -120,6 +130,8 @@ def stage(context: LoadContext, part: sources.Split) -> Staged:
             verdict = check(contract, batch.parsed, context.as_of_us)
             for broken in verdict.broken:
                 by_rule[broken.rule] += len(broken.rows)
+            for advised in verdict.warned:
+                warned[advised.rule] += int(verdict.accepted[advised.rows].sum())
             if not verdict.accepted.all():
                 refused.append(
                     quarantine_rows(
@@ -140,14 +152,14 @@ def stage(context: LoadContext, part: sources.Split) -> Staged:
             for bucket, table in _by_bucket(contract, good, context.buckets):
                 writers.setdefault(bucket, _Writer(context, bucket, table.schema)).write(table)
     except sources.Unreadable as error:
-        return Staged(part.order, 0, 0, {}, {}, None, None, None, unreadable=str(error))
+        return Staged(part.order, 0, 0, {}, {}, {}, None, None, None, unreadable=str(error))
     finally:
         for writer in writers.values():
             writer.close()
     file = context.tables.write_file(context.quarantine, pa.concat_tables(refused)) if refused else None
     count = sum(table.num_rows for table in refused)
     files = {bucket: writer.path for bucket, writer in writers.items()}
-    return Staged(part.order, rows_in, count, dict(by_rule), files, file, low, high)
+    return Staged(part.order, rows_in, count, dict(by_rule), dict(+warned), files, file, low, high)
 
 
 def unreadable_file(context: LoadContext, order: int, reason: str) -> Staged:
@@ -162,7 +174,7 @@ def unreadable_file(context: LoadContext, order: int, reason: str) -> Staged:
         at_us=context.as_of_us,
     )
     file = context.tables.write_file(context.quarantine, row)
-    return Staged(order, 1, 1, {rules.FILE_UNREADABLE: 1}, {}, file, None, None)
+    return Staged(order, 1, 1, {rules.FILE_UNREADABLE: 1}, {}, {}, file, None, None)
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,7 @@ def settle(
         by_rule=dict(Counter(reasons[~accepted].tolist())),
         events=written,
         quarantine=quarantine,
+        profile=profiled(contract, staged.filter(pa.array(keep)), work.latest_us),
     )
 
 

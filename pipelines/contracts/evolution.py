@@ -7,12 +7,13 @@ old one promised they would not be. Both are told apart, because a contract is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Distribution, Field, FieldType, Monotone, NullShare, Severity
+from pipelines.spec.expression import columns
 
 
 class Breaks(StrEnum):
@@ -44,6 +45,14 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "maximum_lowered": (_W, "values between the two are refused"),
     "maximum_raised": (_R, "values between the two come now"),
     "maximum_removed": (_R, "values of any size above come now"),
+    "min_length_added": (_W, "shorter text is refused"),
+    "min_length_raised": (_W, "text of a length between the two is refused"),
+    "min_length_lowered": (_R, "text of a length between the two comes now"),
+    "min_length_removed": (_R, "text of any shorter length comes now"),
+    "max_length_added": (_W, "longer text is refused"),
+    "max_length_lowered": (_W, "text of a length between the two is refused"),
+    "max_length_raised": (_R, "text of a length between the two comes now"),
+    "max_length_removed": (_R, "text of any longer length comes now"),
     "pattern_added": (_W, "text of another form is refused"),
     "pattern_removed": (_R, "text of any form comes now"),
     "pattern_changed": (_B, "text of the old form may be refused, and other text may come"),
@@ -64,22 +73,57 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "future_lowered": (_W, "rows that lie further ahead are refused"),
     "rejected_share_raised": (_R, "loads with more refused rows are published"),
     "rejected_share_lowered": (_W, "loads that were published are refused"),
+    "limit_softened": (_R, "rows that break it come now, with a warning"),
+    "limit_hardened": (_W, "rows that break it are refused, of which was only warned"),
+    "load_refused_for_it": (_W, "a load with a row that breaks it is refused as a whole"),
+    "load_taken_despite_it": (_R, "a load with rows that break it is published without them"),
+    "rule_added": (_W, "rows for which it does not hold are refused"),
+    "warning_added": (_N, "rows for which it does not hold are counted, and taken"),
+    "rule_removed": (_R, "rows for which it did not hold come now"),
+    "warning_removed": (_N, "rows for which it did not hold are no longer counted"),
+    "rule_changed": (_B, "other rows may be refused, and other ones may come"),
+    "warning_changed": (_N, "other rows are counted"),
+    "rule_softened": (_R, "rows for which it does not hold come now, with a warning"),
+    "rule_hardened": (_W, "rows for which it does not hold are refused, of which was only warned"),
+    "rule_description_changed": (_N, "words"),
+    "load_rule_added": (_W, "loads that break it are refused"),
+    "load_warning_added": (_N, "loads that break it are published, with a warning"),
+    "load_rule_removed": (_R, "loads that break it are published now"),
+    "load_warning_removed": (_N, "loads that break it are published as before"),
+    "load_rule_changed": (_B, "other loads may be refused, and other ones may come"),
+    "load_warning_changed": (_N, "other loads come with a warning"),
+    "load_rule_softened": (_R, "loads that break it are published now, with a warning"),
+    "load_rule_hardened": (_W, "loads that break it are refused, which were published with a warning"),
     "owner_changed": (_N, "words"),
     "description_changed": (_N, "words"),
     "contract_renamed": (_B, "it is another contract to everything that goes by its name"),
 }
 """Every kind of change: whom it breaks, and how."""
-_WORDS = frozenset({"example_changed", "field_description_changed", "owner_changed", "description_changed"})
+_WORDS = frozenset(
+    {
+        "example_changed",
+        "field_description_changed",
+        "owner_changed",
+        "description_changed",
+        "rule_description_changed",
+    }
+)
+
+
+_OF_FIELDS = (NullShare, Distribution, Monotone)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change. ``field`` is None where it is one of the contract as a whole."""
+    """One change. ``field`` is None where it is one of the contract as a whole, and a rule's name where it is one of
+    that, which ``reads`` some fields.
+    """
 
     kind: str
     field: str | None
     before: Any
     after: Any
+    reads: frozenset[str] = frozenset()
 
     @property
     def breaks(self) -> Breaks:
@@ -107,6 +151,7 @@ def diff(old: Contract, new: Contract) -> tuple[Change, ...]:
             found += _of_field(before[name], field, identifies=name in old.key)
         else:
             found.append(Change("field_added" if field.nullable else "required_field_added", name, None, field.type))
+    found += _of_rules(old, new)
     found += [Change("field_removed", name, before[name].type, None) for name in before if name not in after]
     kept = [name for name in before if name in after]
     if list(after)[: len(kept)] != kept:  # one that is added comes after those there are, or these change their places
@@ -162,16 +207,77 @@ def _of_field(old: Field, new: Field, *, identifies: bool) -> Iterator[Change]:
         yield Change(kind, name, old.type, new.type)
     if old.nullable != new.nullable:
         yield Change("null_allowed" if new.nullable else "null_forbidden", name, None, None)
-    for limit in ("minimum", "maximum"):
-        yield from _of_limit(limit, name, getattr(old, limit), getattr(new, limit))
-    if old.pattern is not None and new.pattern is not None:
-        yield from _changed("pattern_changed", name, old.pattern, new.pattern)
-    elif old.pattern != new.pattern:
-        kind = "pattern_added" if old.pattern is None else "pattern_removed"
-        yield Change(kind, name, old.pattern, new.pattern)
-    yield from _of_allowed(name, old.allowed, new.allowed)
+    for limit, changes in _LIMITS.items():
+        before, after = getattr(old, limit), getattr(new, limit)
+        if limit in old.warn or limit in new.warn:
+            yield from _of_warning(limit, old, new)
+        else:
+            yield from changes(limit, name, before, after)
+    for place in new.refuse:
+        if place not in old.refuse:
+            yield Change("load_refused_for_it", name, None, place)
+    for place in old.refuse:
+        if place not in new.refuse:
+            yield Change("load_taken_despite_it", name, place, None)
     for kind, part in (("unit", "unit"), ("example", "example"), ("field_description", "description")):
         yield from _changed(f"{kind}_changed", name, getattr(old, part), getattr(new, part))
+
+
+def _of_warning(limit: str, old: Field, new: Field) -> Iterator[Change]:
+    """Of a limit that only warns before, after, or both."""
+    before, after = getattr(old, limit), getattr(new, limit)
+    if before is None or after is None:
+        if before != after:
+            yield Change("warning_added" if before is None else "warning_removed", old.name, before, after)
+    elif limit in old.warn and limit in new.warn:
+        yield from _changed("warning_changed", old.name, before, after)
+    else:
+        yield Change("limit_softened" if limit in new.warn else "limit_hardened", old.name, before, after)
+
+
+def _of_rules(old: Contract, new: Contract) -> Iterator[Change]:
+    """Those between fields, then those of loads."""
+    rows = ({f"rule {rule.name}": (rule.severity, rule.check) for rule in contract.rules} for contract in (old, new))
+    reads: dict[str, frozenset[str]] = {}
+    for contract in (old, new):
+        for rule in contract.rules:
+            name = f"rule {rule.name}"
+            reads[name] = reads.get(name, frozenset()) | columns(contract.condition(rule))
+        reads |= {f"rule {r.id}": frozenset((r.field,)) for r in contract.load_rules if isinstance(r, _OF_FIELDS)}
+    for change in _of_named("", *rows):
+        yield replace(change, reads=reads[change.field or ""])
+    words = ({f"rule {rule.name}": rule.description for rule in contract.rules} for contract in (old, new))
+    before, after = words
+    for name in before.keys() & after.keys():
+        yield from _changed("rule_description_changed", name, before[name], after[name])
+    loads = (
+        {f"rule {r.id}": (r.severity, r.model_dump_json(exclude={"severity"})) for r in contract.load_rules}
+        for contract in (old, new)
+    )
+    for change in _of_named("load_", *loads):
+        yield replace(change, reads=reads.get(change.field or "", frozenset()))
+
+
+def _of_named(
+    of: str, before: Mapping[str, tuple[Severity, str]], after: Mapping[str, tuple[Severity, str]]
+) -> Iterator[Change]:
+    """Of rules by name, with their severity and what they want; a rule of rows may refuse a row or its whole load."""
+    for name, (severity, wanted) in after.items():
+        now_warns, refuses = severity is Severity.WARN, severity is Severity.REFUSE
+        had, what = before.get(name, (None, None))
+        warned = had is Severity.WARN
+        if had is None:
+            yield Change(f"{of}warning_added" if now_warns else f"{of}rule_added", name, None, wanted)
+        elif what != wanted:
+            yield Change(f"{of}warning_changed" if warned and now_warns else f"{of}rule_changed", name, what, wanted)
+        if had is not None and warned != now_warns:
+            yield Change(f"{of}rule_softened" if now_warns else f"{of}rule_hardened", name, had, severity)
+        if not of and (had is Severity.REFUSE) != refuses:
+            yield Change("load_refused_for_it" if refuses else "load_taken_despite_it", name, had, severity)
+    for name, (severity, wanted) in before.items():
+        if name not in after:
+            kind = "warning_removed" if severity is Severity.WARN else "rule_removed"
+            yield Change(f"{of}{kind}", name, wanted, None)
 
 
 def _of_limit(limit: str, name: str, old: float | None, new: float | None) -> Iterator[Change]:
@@ -183,7 +289,14 @@ def _of_limit(limit: str, name: str, old: float | None, new: float | None) -> It
         yield Change(f"{limit}_{'raised' if new > old else 'lowered'}", name, old, new)
 
 
-def _of_allowed(name: str, old: tuple[str, ...] | None, new: tuple[str, ...] | None) -> Iterator[Change]:
+def _of_pattern(limit: str, name: str, old: str | None, new: str | None) -> Iterator[Change]:
+    if old is not None and new is not None:
+        yield from _changed("pattern_changed", name, old, new)
+    elif old != new:
+        yield Change("pattern_added" if old is None else "pattern_removed", name, old, new)
+
+
+def _of_allowed(limit: str, name: str, old: tuple[str, ...] | None, new: tuple[str, ...] | None) -> Iterator[Change]:
     if old is None or new is None:
         if old != new:
             yield Change("allowed_introduced" if old is None else "allowed_dropped", name, old, new)
@@ -194,6 +307,16 @@ def _of_allowed(name: str, old: tuple[str, ...] | None, new: tuple[str, ...] | N
     for value in old:
         if value not in new:
             yield Change("value_withdrawn", name, value, None)
+
+
+_LIMITS: dict[str, Callable[[str, str, Any, Any], Iterator[Change]]] = {
+    "minimum": _of_limit,
+    "maximum": _of_limit,
+    "min_length": _of_limit,
+    "max_length": _of_limit,
+    "pattern": _of_pattern,
+    "allowed": _of_allowed,
+}
 
 
 def _changed(kind: str, field: str | None, old: Any, new: Any) -> Iterator[Change]:

@@ -6,7 +6,7 @@ For every record the verdict and the rule ids are those of ``pipelines.contracts
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, NotRequired, cast
@@ -26,10 +26,12 @@ from pydantic import Field as PydanticField
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from pipelines.contracts import rules
+from pipelines.contracts import expressions, rules
 from pipelines.contracts.events import from_microseconds, to_microseconds
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Field, FieldType, Rule, Severity
+from pipelines.spec.expression import columns
 
+Condition = Callable[[Mapping[str, Any]], bool | None]
 _CUSTOM = "contract_rules"
 _KINDS = {
     "missing": rules.MISSING,
@@ -54,12 +56,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class RecordModel:
-    """The compiled rules of some fields of a contract; ``adapter`` yields the typed record."""
+    """The compiled rules of some fields of a contract; ``adapter`` yields the typed record.
+
+    ``between`` are the rules between these fields, and ``advisory`` the fields with limits that only warn.
+    """
 
     name: str
     contract: Contract
     fields: tuple[Field, ...]
     adapter: TypeAdapter[Any]
+    between: tuple[tuple[Rule, Condition], ...]
+    advisory: tuple[Field, ...]
 
     def json_schema(self) -> dict[str, Any]:
         """The JSON Schema of one record, for the API's description."""
@@ -75,7 +82,8 @@ class RecordModel:
 
 
 def compile_model(contract: Contract, fields: Sequence[str] | None = None, name: str | None = None) -> RecordModel:
-    """Compiles the rules of ``fields`` (all of them by default); any other key is then unknown.
+    """Compiles the rules of ``fields`` (all of them by default); any other key is then unknown. Rules between fields
+    are those of which all fields are there.
 
     Raises ``KeyError`` for a name that the contract does not have.
     """
@@ -84,13 +92,23 @@ def compile_model(contract: Contract, fields: Sequence[str] | None = None, name:
     make: Any = TypedDict  # the type is known only now, which no checker can follow
     typed = make(title, {f.name: _annotation(f) for f in chosen})
     typed.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-    return RecordModel(name=title, contract=contract, fields=chosen, adapter=TypeAdapter(typed))
+    names = {field.name for field in chosen}
+    conditions = [(rule, contract.condition(rule)) for rule in contract.rules]
+    return RecordModel(
+        name=title,
+        contract=contract,
+        fields=chosen,
+        adapter=TypeAdapter(typed),
+        between=tuple((rule, expressions.holds(node)) for rule, node in conditions if columns(node) <= names),
+        advisory=tuple(field for field in chosen if field.warn),
+    )
 
 
 def check_record(
     model: RecordModel, record: Any, now_us: int
 ) -> tuple[dict[str, Any], list[Problem]] | tuple[None, list[Problem]]:
-    """The typed record, or None and every rule it breaks, in contract order.
+    """The typed record and the rules it breaks that only warn, or None and every other rule it breaks, in contract
+    order.
 
     Floats, integers, strings and booleans come as Python's, timestamps as UTC datetimes, an absent nullable
     field as None. The contract's time field may not be later than ``now_us`` plus ``contract.future``.
@@ -104,7 +122,17 @@ def check_record(
         return None, [late]
     if len(typed) < len(model.fields):
         typed = {f.name: typed.get(f.name) for f in model.fields}
-    return typed, []
+    warnings: list[Problem] = []
+    if model.advisory:
+        warnings = [
+            _problem(field, kind, typed[field.name]) for field in model.advisory for kind in _warned(field, typed)
+        ]
+    if model.between:
+        found = _between(model, typed)
+        if any(rule.severity is not Severity.WARN for rule in found):
+            return None, [_broken_between(rule) for rule in found if rule.severity is not Severity.WARN]
+        warnings += map(_broken_between, found)
+    return typed, warnings
 
 
 def _example(field: Field) -> Any:
@@ -120,6 +148,7 @@ def _example(field: Field) -> Any:
 
 
 def _annotation(field: Field) -> Any:
+    field = field.model_copy(update={**dict.fromkeys(field.warn), "warn": ()})  # what only warns refuses nothing
     low, high = rules.bounds(field)
     kind: Any
     if field.type is FieldType.FLOAT:
@@ -134,6 +163,8 @@ def _annotation(field: Field) -> Any:
         kind = Annotated[datetime, PlainValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})]
     else:
         extra = {
+            "minLength": field.min_length,
+            "maxLength": field.max_length,
             "pattern": None if field.pattern is None else f"^(?:{field.pattern})$",
             "enum": list(field.allowed) if field.allowed is not None else None,
         }
@@ -152,20 +183,47 @@ def _instant(value: Any) -> datetime:
 
 
 def _string_rules(field: Field) -> Callable[[str], str]:
-    matches = re.compile(field.pattern).fullmatch if field.pattern is not None else None
-    allowed = frozenset(field.allowed) if field.allowed is not None else None
+    limits = _limits(field)
 
     def check(value: str) -> str:
         if not rules.is_text(value):
             raise _broken(rules.TYPE)
-        outside = allowed is not None and value not in allowed
-        if matches is not None and matches(value) is None:
-            raise _broken(rules.PATTERN, *([rules.ALLOWED] if outside else []))
-        if outside:
-            raise _broken(rules.ALLOWED)
+        broken = [kind for kind, breaks in limits if breaks(value)]
+        if broken:
+            raise _broken(*broken)
         return value
 
     return check
+
+
+def _limits(field: Field) -> list[tuple[str, Callable[[Any], bool]]]:
+    """What tells, by rule, whether a typed value breaks a limit."""
+    low, high = rules.bounds(field)
+    shortest, longest, allowed = field.min_length or 0, field.max_length or 0, frozenset(field.allowed or ())
+    matches = re.compile(field.pattern or "").fullmatch
+    limits: tuple[tuple[str, Any, Callable[[Any], bool]], ...] = (
+        (rules.MINIMUM, low, lambda value: value < low),
+        (rules.MAXIMUM, high, lambda value: value > high),
+        (rules.MIN_LENGTH, field.min_length, lambda value: len(value) < shortest),
+        (rules.MAX_LENGTH, field.max_length, lambda value: len(value) > longest),
+        (rules.PATTERN, field.pattern, lambda value: matches(value) is None),
+        (rules.ALLOWED, field.allowed, lambda value: value not in allowed),
+    )
+    return [(kind, breaks) for kind, limit, breaks in limits if limit is not None]
+
+
+def _warned(field: Field, typed: Mapping[str, Any]) -> list[str]:
+    value = typed[field.name]
+    return [] if value is None else [k for k, breaks in _limits(field) if k in field.warn and breaks(value)]
+
+
+def _between(model: RecordModel, typed: Mapping[str, Any]) -> list[Rule]:
+    return [rule for rule, holds in model.between if holds(typed) is False]
+
+
+def _broken_between(rule: Rule) -> Problem:
+    said = f": {rule.description}" if rule.description else ""
+    return Problem("", rules.between(rule), f"{rule.check} does not hold{said}")
 
 
 def _broken(*kinds: str) -> PydanticCustomError:
@@ -192,12 +250,28 @@ def _problems(model: RecordModel, record: Any, now_us: int, error: ValidationErr
         field = known[str(detail["loc"][0])]
         for kind in _kinds(field, detail):
             rule = rules.rule_id(field.name, kind)
-            problems[rule] = Problem(field.name, rule, _message(field, kind, record.get(field.name)))
+            problems[rule] = _problem(field, kind, record.get(field.name))
     if model.contract.time in known:
         time = rules.instant(record.get(model.contract.time))
         if time is not None and (late := _future(model, time, now_us)):
             problems[late.rule] = late
+    if model.between:
+        values = {name: _typed(field, record.get(name), problems) for name, field in known.items()}
+        for broken in _between(model, values):
+            if broken.severity is not Severity.WARN:
+                problems[rules.between(broken)] = _broken_between(broken)
     return [problems[rule] for rule in rules.in_order(model.contract, problems)]
+
+
+def _typed(field: Field, value: Any, problems: Mapping[str, Problem]) -> Any:
+    """A value as rules between fields see it: what is of another type is there as little as a null."""
+    if value is None or rules.rule_id(field.name, rules.TYPE) in problems:
+        return None
+    return rules.instant(value) if field.type is FieldType.TIMESTAMP else value
+
+
+def _problem(field: Field, kind: str, value: Any) -> Problem:
+    return Problem(field.name, rules.rule_id(field.name, kind), _message(field, kind, value))
 
 
 def _kinds(field: Field, detail: Any) -> tuple[str, ...]:
@@ -229,6 +303,8 @@ def _message(field: Field, kind: str, value: Any) -> str:
         rules.FINITE: "must be a finite number",
         rules.MINIMUM: f"must be at least {field.minimum}{unit}",
         rules.MAXIMUM: f"must be at most {field.maximum}{unit}",
+        rules.MIN_LENGTH: f"must have at least {field.min_length} characters",
+        rules.MAX_LENGTH: f"must have at most {field.max_length} characters",
         rules.PATTERN: f"must match {field.pattern!r} as a whole",
         rules.ALLOWED: f"must be one of {list(field.allowed or ())}",
     }

@@ -14,19 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import rules
+from pipelines.contracts import expressions, rules
 from pipelines.contracts.parsing import Broken, Parsed, from_arrow, from_records, from_text
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Field, FieldType, Severity
 
 __all__ = ["Broken", "Parsed", "RowVerdict", "check", "from_arrow", "from_records", "from_text"]
 
 
 @dataclass(frozen=True)
 class RowVerdict:
-    """``accepted`` is bool[n]; ``broken`` the broken rules in contract order, each with its rows."""
+    """``accepted`` is bool[n]; ``broken`` the broken rules in contract order, each with its rows; ``warned`` those that
+    refuse none.
+    """
 
     accepted: np.ndarray
     broken: tuple[Broken, ...]
+    warned: tuple[Broken, ...] = ()
 
     def rules_of(self, row: int) -> tuple[str, ...]:
         """Every rule that one row breaks, in contract order."""
@@ -60,15 +63,25 @@ def check(contract: Contract, parsed: Parsed, now_us: int) -> RowVerdict:
         for rule, mask in _field_rules(contract, field, column, bad, now_us):
             if mask.any():
                 found.append(Broken(rules.rule_id(field.name, rule), np.flatnonzero(mask)))
+    for between in contract.rules:
+        mask = expressions.broken(contract.condition(between), parsed.table)
+        if mask.any():
+            found.append(Broken(rules.between(between), np.flatnonzero(mask)))
     if parsed.unreadable is not None:  # a row without fields breaks no field's rule
         found = [
             b if b.rule == rules.ROW_UNREADABLE else Broken(b.rule, b.rows[~parsed.unreadable[b.rows]]) for b in found
         ]
+    severities = rules.severities(contract)
     by_rule = {b.rule: b for b in found if len(b.rows)}
     accepted = np.ones(parsed.table.num_rows, dtype=bool)
-    for broken in by_rule.values():
-        accepted[broken.rows] = False
-    return RowVerdict(accepted, tuple(by_rule[rule] for rule in rules.in_order(contract, by_rule)))
+    broken, warned = [], []
+    for name in rules.in_order(contract, by_rule):
+        if severities.get(name) is Severity.WARN:
+            warned.append(by_rule[name])
+        else:
+            broken.append(by_rule[name])
+            accepted[by_rule[name].rows] = False
+    return RowVerdict(accepted, tuple(broken), tuple(warned))
 
 
 def _field_rules(
@@ -114,7 +127,7 @@ def _number_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndar
 
 
 def _string_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
-    if field.pattern is None and field.allowed is None:
+    if (field.min_length, field.max_length, field.pattern, field.allowed) == (None, None, None, None):
         return
     # Python's own `re` on the distinct values: RE2 gives \d, \s and $ other meanings than requests.py has.
     encoded = column.dictionary_encode()
@@ -129,6 +142,10 @@ def _string_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndar
 
 
 def _bad_strings(field: Field, distinct: list[str]) -> Iterator[tuple[str, list[bool]]]:
+    if field.min_length is not None:
+        yield rules.MIN_LENGTH, [len(value) < field.min_length for value in distinct]
+    if field.max_length is not None:
+        yield rules.MAX_LENGTH, [len(value) > field.max_length for value in distinct]
     if field.pattern is not None:
         matches = re.compile(field.pattern).fullmatch
         yield rules.PATTERN, [matches(value) is None for value in distinct]

@@ -1,7 +1,7 @@
 """What each row rule means, said once for both engines: its id, its place in the order, bounds, instants.
 
-A broken rule is named ``<field>.<rule>``. Limits ignore nulls and values that already
-broke ``type`` or ``finite``.
+A broken rule is named ``<field>.<rule>``, one between fields ``rule:<name>``. Limits
+ignore nulls and values that already broke ``type`` or ``finite``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.contracts.events import to_microseconds
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 from pipelines.spec.base import microseconds
 
 MISSING, TYPE, FINITE, MINIMUM, MAXIMUM = "missing", "type", "finite", "minimum", "maximum"
+MIN_LENGTH, MAX_LENGTH = "min_length", "max_length"
 PATTERN, ALLOWED, FUTURE, UNIT, UNKNOWN = "pattern", "allowed", "future", "unit", "unknown"
-_ORDER = (MISSING, TYPE, FINITE, MINIMUM, MAXIMUM, PATTERN, ALLOWED, FUTURE, UNIT)
+_ORDER = (MISSING, TYPE, FINITE, MINIMUM, MAXIMUM, MIN_LENGTH, MAX_LENGTH, PATTERN, ALLOWED, FUTURE, UNIT)
 
 ROW_UNREADABLE = "row.unreadable"  # not a JSON object, or a CSV line with another number of cells
 FILE_UNREADABLE = "file.unreadable"
 KEY_DUPLICATE = "key.duplicate"
 LOAD_REFUSED = "load.refused"
+
+BETWEEN = "rule:"  # before the name of a rule between fields; no field can be named like that
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -54,14 +57,32 @@ def unknown_id(name: Any) -> str:
     return rule_id(text.encode("utf-8", "backslashreplace").decode(), UNKNOWN)
 
 
+def between(rule: Rule) -> str:
+    """The id of a rule between fields."""
+    return BETWEEN + rule.name
+
+
+def severities(contract: Contract) -> dict[str, Severity]:
+    """What follows where a rule is broken, of those that do not just refuse the row."""
+    found: dict[str, Severity] = {}
+    for field in contract.fields:
+        found |= dict.fromkeys((rule_id(field.name, kind) for kind in field.warn), Severity.WARN)
+        found |= dict.fromkeys((rule_id(field.name, kind) for kind in field.refuse), Severity.REFUSE)
+    found |= {between(rule): rule.severity for rule in contract.rules}
+    return {rule: severity for rule, severity in found.items() if severity is not Severity.REJECT}
+
+
 def in_order(contract: Contract, rules: Iterable[str]) -> list[str]:
-    """Rule ids in the order of the contract's fields, then unknown names by the alphabet."""
+    """Rule ids in the order of the contract's fields, then of its rules, then unknown names by the alphabet."""
     places = {field.name: place for place, field in enumerate(contract.fields)}
+    later = {between(rule): place for place, rule in enumerate(contract.rules)}
 
     def rank(rule: str) -> tuple[int, int, str]:
         name, _, kind = rule.rpartition(".")
+        if rule in later:
+            return len(places), later[rule], rule
         if kind == UNKNOWN or name not in places or kind not in _ORDER:
-            return len(places), 0, rule
+            return len(places) + 1, 0, rule
         return places[name], _ORDER.index(kind), rule
 
     return sorted(rules, key=rank)

@@ -1,9 +1,10 @@
 """The vocabulary: frozen specifications without Ray and without I/O. Engines read it; it reads no engine."""
 
 from pipelines.spec.abtest import ABTest, Goal, Measure, Variant
-from pipelines.spec.contract import Contract, Field, FieldType
+from pipelines.spec.contract import Contract, Field, FieldType, Rule
 from pipelines.spec.fallback import Fallback
 from pipelines.spec.features import Calendar, Derived, Dimension, FeatureView, Fold, Lag, Neighbours, Window
+from pipelines.spec.loads import Distribution, Freshness, LoadRule, Monotone, NullShare, Silence, Volume
 from pipelines.spec.model import Gate, ModelSpec, Split, Target
 from pipelines.spec.release import (
     AfterWatch,
@@ -17,6 +18,7 @@ from pipelines.spec.release import (
     SkewRule,
 )
 from pipelines.spec.retraining import DecayRule, DriftRule, RetrainPolicy, SearchSpace
+from pipelines.spec.severity import Severity
 from pipelines.spec.source import EventSource
 from pipelines.spec.usecase import UseCase
 
@@ -32,6 +34,7 @@ __all__ = [
     "DecayRule",
     "Derived",
     "Dimension",
+    "Distribution",
     "DriftRule",
     "EventSource",
     "Fallback",
@@ -39,21 +42,29 @@ __all__ = [
     "Field",
     "FieldType",
     "Fold",
+    "Freshness",
     "Gate",
     "Goal",
     "Labels",
     "Lag",
+    "LoadRule",
     "Measure",
     "ModelSpec",
+    "Monotone",
     "Neighbours",
+    "NullShare",
     "ReleasePolicy",
     "RetrainPolicy",
+    "Rule",
     "SearchSpace",
+    "Severity",
     "Shadow",
+    "Silence",
     "SkewRule",
     "Split",
     "Target",
     "UseCase",
     "Variant",
+    "Volume",
     "Window",
 ]

@@ -6,12 +6,15 @@ import math
 import re
 from datetime import timedelta
 from enum import StrEnum
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field as PydanticField
 from pydantic import model_validator
 
 from pipelines.spec.base import Spec
+from pipelines.spec.expression import Kind, Node, parse
+from pipelines.spec.loads import Distribution, LoadRule, Monotone, NullShare
+from pipelines.spec.severity import Severity
 
 _NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -26,11 +29,16 @@ class FieldType(StrEnum):
     TIMESTAMP = "timestamp"
 
 
+Limit = Literal["minimum", "maximum", "min_length", "max_length", "pattern", "allowed"]
+RowRule = Literal["missing", "type", "finite", "unit", Limit]
+
+
 class Field(Spec):
     """One column. A null is allowed only where ``nullable``; every other limit ignores nulls.
 
-    ``minimum`` and ``maximum`` are inclusive, in ``unit``. ``pattern`` must match the whole string; an
-    ``example`` is shown to those who call the API.
+    ``minimum`` and ``maximum`` are inclusive, in ``unit``; so are ``min_length`` and ``max_length``, in code points.
+    ``pattern`` must match the whole string; an ``example`` is shown to those who call the API. The limits named by
+    ``warn`` refuse no row, and what breaks a rule named by ``refuse`` has its whole load refused; see ``Severity``.
     """
 
     name: str = PydanticField(pattern=_NAME)
@@ -38,11 +46,15 @@ class Field(Spec):
     nullable: bool = False
     minimum: float | None = None
     maximum: float | None = None
+    min_length: int | None = PydanticField(default=None, ge=0)
+    max_length: int | None = PydanticField(default=None, ge=0)
     pattern: str | None = None
     allowed: tuple[str, ...] | None = None
     example: str | None = None
     unit: str | None = None
     description: str = ""
+    warn: tuple[Limit, ...] = ()
+    refuse: tuple[RowRule, ...] = ()
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -55,8 +67,11 @@ class Field(Spec):
         numeric = self.type in (FieldType.FLOAT, FieldType.INTEGER)
         if not numeric and (self.minimum is not None or self.maximum is not None):
             raise ValueError(f"field {self.name!r}: minimum and maximum need a number, not {self.type}")
-        if self.type is not FieldType.STRING and (self.pattern, self.allowed, self.example) != (None, None, None):
-            raise ValueError(f"field {self.name!r}: pattern, allowed and example need a string, not {self.type}")
+        texts = ("min_length", "max_length", "pattern", "allowed", "example")
+        if self.type is not FieldType.STRING and any(getattr(self, name) is not None for name in texts):
+            raise ValueError(f"field {self.name!r}: {', '.join(texts)} need a string, not {self.type}")
+        if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
+            raise ValueError(f"field {self.name!r}: min_length {self.min_length} exceeds {self.max_length}")
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"field {self.name!r}: minimum {self.minimum} exceeds maximum {self.maximum}")
         if self.pattern is not None:
@@ -66,11 +81,34 @@ class Field(Spec):
                 raise ValueError(f"field {self.name!r}: pattern {self.pattern!r} is not valid: {error}") from error
             if self.example is not None and re.fullmatch(self.pattern, self.example) is None:
                 raise ValueError(f"field {self.name!r}: the example {self.example!r} does not match {self.pattern!r}")
+        for name in self.warn:
+            if getattr(self, name) is None:
+                raise ValueError(f"field {self.name!r} warns of {name}, which it does not have")
+            if name in self.refuse:
+                raise ValueError(f"field {self.name!r} both warns of {name} and refuses loads for it: leave one out")
         return self
+
+
+class Rule(Spec):
+    """A condition between the fields of a row (``pipelines.spec.expression``), which must not be false."""
+
+    name: str = PydanticField(pattern=_NAME)
+    check: str
+    severity: Severity = Severity.REJECT
+    description: str = ""
 
 
 NUMBERS = (FieldType.FLOAT, FieldType.INTEGER, FieldType.BOOLEAN)
 """What counts as a number."""
+
+
+_KINDS = {
+    FieldType.STRING: Kind.TEXT,
+    FieldType.FLOAT: Kind.NUMBER,
+    FieldType.INTEGER: Kind.NUMBER,
+    FieldType.BOOLEAN: Kind.TRUTH,
+    FieldType.TIMESTAMP: Kind.INSTANT,
+}
 
 
 class Contract(Spec):
@@ -81,7 +119,8 @@ class Contract(Spec):
     row is taken to have become known. A row known later than ``lateness`` after its event time is
     kept in the table and left out of features. A row whose time is more than ``future`` ahead of
     the clock is refused. A load of which more than ``max_rejected_share`` is refused by row or key
-    rules is not published at all.
+    rules is not published at all. ``rules`` hold between the fields of a row,
+    ``load_rules`` for a load as a whole.
     """
 
     name: str = PydanticField(pattern=_NAME)
@@ -96,6 +135,8 @@ class Contract(Spec):
     lateness: timedelta = timedelta(hours=1)
     future: timedelta = timedelta(0)
     max_rejected_share: float = PydanticField(default=0.05, ge=0, le=1)
+    rules: tuple[Rule, ...] = ()
+    load_rules: tuple[LoadRule, ...] = ()
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Self:
@@ -121,6 +162,37 @@ class Contract(Spec):
                 "so no bulk-loaded row could ever become a feature"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rules_can_be_read(self) -> Self:
+        names = [rule.name for rule in self.rules]
+        if len(set(names)) != len(names):
+            raise ValueError(f"contract {self.name!r} names a rule twice: {sorted(names)}")
+        for rule in self.rules:
+            try:
+                self.condition(rule)
+            except ValueError as error:
+                raise ValueError(f"contract {self.name!r}, rule {rule.name!r}: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _load_rules_fit(self) -> Self:
+        ids = [rule.id for rule in self.load_rules]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"contract {self.name!r} has a load rule twice: {sorted(ids)}")
+        for rule in self.load_rules:
+            if isinstance(rule, NullShare | Distribution | Monotone):
+                field = next((field for field in self.fields if field.name == rule.field), None)
+                if field is None:
+                    names = [field.name for field in self.fields]
+                    raise ValueError(f"contract {self.name!r}: {rule.kind} names {rule.field!r}; there are {names}")
+                if not isinstance(rule, NullShare) and field.type not in (FieldType.FLOAT, FieldType.INTEGER):
+                    raise ValueError(f"contract {self.name!r}: {rule.kind} needs a number, and {field.name!r} is none")
+        return self
+
+    def condition(self, rule: Rule) -> Node:
+        """What a rule checks, over this contract's fields."""
+        return parse(rule.check, {field.name: _KINDS[field.type] for field in self.fields})
 
     def field(self, name: str) -> Field:
         """The field of that name; ``KeyError`` names the contract and what it has."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NOW_US = (NOW - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
@@ -75,6 +77,10 @@ def field_rules(contract: Contract, field: Field, value: Any) -> list[str]:
         broken.append("minimum")
     if field.maximum is not None and value > field.maximum:
         broken.append("maximum")
+    if field.min_length is not None and len(value) < field.min_length:
+        broken.append("min_length")
+    if field.max_length is not None and len(value) > field.max_length:
+        broken.append("max_length")
     if field.pattern is not None and not re.fullmatch(field.pattern, value):
         broken.append("pattern")
     if field.allowed is not None and value not in field.allowed:
@@ -84,14 +90,89 @@ def field_rules(contract: Contract, field: Field, value: Any) -> list[str]:
     return broken
 
 
-def record_rules(contract: Contract, record: Any) -> list[str]:
+def all_rules(contract: Contract, record: Any) -> list[str]:
     """Every rule that a record breaks, in contract order, then the unknown keys by the alphabet."""
     if not isinstance(record, dict):
         return ["row.unreadable"]
     broken = [f"{f.name}.{r}" for f in contract.fields for r in field_rules(contract, f, record.get(f.name))]
+    row = {f.name: typed(f, record.get(f.name)) for f in contract.fields}
+    broken += [
+        f"rule:{rule.name}"
+        for rule in contract.rules
+        if truth(ast.parse(rule.check.strip(), mode="eval").body, row) is False
+    ]
     names = {f.name for f in contract.fields}
     unknown = {f"{key}.unknown".encode("utf-8", "backslashreplace").decode() for key in record if key not in names}
     return broken + sorted(unknown)
+
+
+def warns(contract: Contract, rule: str) -> bool:
+    """Whether a rule refuses no row."""
+    return any(rule == f"{f.name}.{kind}" for f in contract.fields for kind in f.warn) or any(
+        rule == f"rule:{r.name}" and r.severity == "warn" for r in contract.rules
+    )
+
+
+def record_rules(contract: Contract, record: Any) -> list[str]:
+    """Those of ``all_rules`` for which the row is refused."""
+    return [rule for rule in all_rules(contract, record) if not warns(contract, rule)]
+
+
+def truth(node: ast.expr, row: dict[str, Any]) -> Any:
+    """The value of an expression by Python's own tree, None for unknown; numbers by NumPy's scalars."""
+    match node:
+        case ast.Name(id=name):
+            value = row[name]
+            return np.float64(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        case ast.Constant(value=value):
+            return np.float64(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        case ast.UnaryOp(op=ast.Not(), operand=of):
+            found = truth(of, row)
+            return None if found is None else not found
+        case ast.UnaryOp(operand=of):
+            found = truth(of, row)
+            return None if found is None else -found
+        case ast.Call(func=ast.Name(id=name), args=[of]):
+            found = truth(of, row)
+            return None if found is None else np.float64(len(found)) if name == "len" else np.abs(found)
+        case ast.BoolOp(op=word, values=values):
+            found = [truth(value, row) for value in values]
+            decisive = isinstance(word, ast.Or)
+            return decisive if decisive in found else None if None in found else not decisive
+        case ast.BinOp(left=left, op=sign, right=right):
+            one, other = truth(left, row), truth(right, row)
+            if one is None or other is None:
+                return None
+            if isinstance(one, datetime):
+                return np.float64((one - other) // timedelta(microseconds=1)) / np.float64(1e6)
+            with np.errstate(all="ignore"):
+                return {ast.Add: np.add, ast.Sub: np.subtract, ast.Mult: np.multiply, ast.Div: np.divide}[type(sign)](
+                    one, other
+                )
+        case ast.Compare(left=left, ops=signs, comparators=rest):
+            sides = [left, *rest]
+            pairs = [_compared(sides[i], sign, sides[i + 1], row) for i, sign in enumerate(signs)]
+            return False if False in pairs else None if None in pairs else True
+    raise AssertionError(node)
+
+
+def _compared(left: ast.expr, sign: ast.cmpop, right: ast.expr, row: dict[str, Any]) -> bool | None:
+    one = truth(left, row)
+    if isinstance(sign, ast.Is | ast.IsNot):
+        return (one is None) == isinstance(sign, ast.Is)
+    if one is None:
+        return None
+    if isinstance(sign, ast.In | ast.NotIn):
+        held = any(bool(one == truth(element, row)) for element in right.elts)
+        return held == isinstance(sign, ast.In)
+    other = truth(right, row)
+    if other is None:
+        return None
+    return bool(
+        {ast.Lt: one.__lt__, ast.LtE: one.__le__, ast.Gt: one.__gt__, ast.GtE: one.__ge__}[type(sign)](other)
+        if not isinstance(sign, ast.Eq | ast.NotEq)
+        else (one == other) == isinstance(sign, ast.Eq)
+    )
 
 
 _numbers = st.one_of(
@@ -152,9 +233,14 @@ def contracts(draw: st.DrawFn) -> Contract:
             limits = {"minimum": low, "maximum": high}
         if kind is FieldType.STRING:
             limits = {
+                "min_length": draw(st.sampled_from([None, None, 1, 2])),
+                "max_length": draw(st.sampled_from([None, None, 2, 3])),
                 "pattern": draw(st.sampled_from([None, r"[a-z]\d?", r"\w*", ".", "a|b2"])),
                 "allowed": draw(st.sampled_from([None, ("a", "b"), ("٣",), ()])),
             }
+        limits["warn"] = tuple(
+            name for name, limit in limits.items() if limit is not None and draw(st.integers(0, 3)) == 0
+        )
         extra.append(Field(name=f"f{place}", type=kind, nullable=draw(st.booleans()), **limits))
     fields = [Field(name="who", type=FieldType.STRING), Field(name="at", type=FieldType.TIMESTAMP), *extra]
     return Contract(
@@ -166,6 +252,51 @@ def contracts(draw: st.DrawFn) -> Contract:
         time="at",
         key=("who", "at"),
         future=draw(st.sampled_from([timedelta(0), timedelta(hours=1), timedelta(microseconds=1)])),
+        rules=tuple(
+            Rule(name=f"r{place}", check=draw(conditions(fields)), severity=draw(st.sampled_from(Severity)))
+            for place in range(draw(st.integers(0, 2)))
+        ),
+    )
+
+
+def conditions(fields: list[Field], depth: int = 2) -> st.SearchStrategy[str]:
+    """Conditions over some of the fields, as text."""
+    named = {kind: [f.name for f in fields if f.type is kind] for kind in FieldType}
+    numbers = [*named[FieldType.FLOAT], *named[FieldType.INTEGER]]
+    texts, instants, truths = named[FieldType.STRING], named[FieldType.TIMESTAMP], named[FieldType.BOOLEAN]
+    sign, equal = st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), st.sampled_from(["==", "!="])
+    constant = st.sampled_from(["0", "1", "2.5", "-1", "1e308", "9007199254740993", "0.0"])
+    words = st.sampled_from(['"a"', '"b2"', '""', '"٣"'])
+    number = constant | st.sampled_from([f"len({name})" for name in texts])
+    if numbers:
+        number |= st.sampled_from(numbers) | st.sampled_from([f"abs({name})" for name in numbers])
+        number |= st.sampled_from([f"-{name}" for name in numbers])
+    number |= st.sampled_from([f"({a} - {b})" for a in instants for b in instants])
+    number |= st.builds("({} {} {})".format, number, st.sampled_from("+-*/"), number)
+    either = [
+        st.builds("{} {} {}".format, number, sign, number).filter(lambda text: any(f.name in text for f in fields)),
+        st.builds("{} {} {} {} {}".format, number, sign, number, sign, st.sampled_from([f"len({t})" for t in texts])),
+        st.builds("{} {} {}".format, st.sampled_from(texts), equal, words | st.sampled_from(texts)),
+        st.builds("{} {} ({}, {})".format, st.sampled_from(texts), st.sampled_from(["in", "not in"]), words, words),
+        st.builds("{} {} {}".format, st.sampled_from(instants), sign, st.sampled_from(instants)),
+        st.builds("{} is {}".format, st.sampled_from([f.name for f in fields]), st.sampled_from(["None", "not None"])),
+    ]
+    if numbers:
+        either.append(
+            st.builds(
+                "{} {} ({}, {})".format, st.sampled_from(numbers), st.sampled_from(["in", "not in"]), constant, constant
+            )
+        )
+    if truths:
+        either += [st.sampled_from(truths), st.builds("{} {} True".format, st.sampled_from(truths), equal)]
+    simple = st.one_of(either)
+    if depth == 0:
+        return simple
+    inner = conditions(fields, depth - 1)
+    return st.one_of(
+        simple,
+        st.builds("not ({})".format, inner),
+        st.builds("({}) {} ({})".format, inner, st.sampled_from(["and", "or"]), inner),
     )
 
 
@@ -203,6 +334,9 @@ def every_field() -> list[Field]:
         limits.append((FieldType.STRING, {"pattern": pattern}))
         limits.append((FieldType.STRING, {"pattern": pattern, "allowed": ("b", "é", "A")}))
     limits.append((FieldType.STRING, {"allowed": ()}))
+    limits += [
+        (FieldType.STRING, more) for more in ({"min_length": 2}, {"max_length": 1}, {"min_length": 1, "max_length": 1})
+    ]
     return [Field(name="f", type=kind, nullable=null, **more) for kind, more in limits for null in (False, True)]
 
 

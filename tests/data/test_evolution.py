@@ -10,9 +10,11 @@ import pytest
 from pipelines.contracts.events import decode_events, encoder
 from pipelines.contracts.evolution import KINDS, Breaks, diff, enough, required_version
 from pipelines.contracts.requests import check_record, compile_model
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Field, FieldType, Freshness, NullShare, Rule, Severity, Volume
 
 NOW_US = 1_700_000_000_000_000
+VOLUME, FRESH = Volume(minimum=10), Freshness(max_age=timedelta(hours=1), severity=Severity.WARN)
+NULLS = NullShare(field="heat", maximum=0.5)
 OLD = Contract(
     name="readings",
     version="1.2.3",
@@ -24,6 +26,9 @@ OLD = Contract(
         Field(name="count", type=FieldType.INTEGER, minimum=0),
         Field(name="kind", type=FieldType.STRING, allowed=("a", "b"), nullable=True),
         Field(name="note", type=FieldType.STRING, nullable=True),
+        Field(name="code", type=FieldType.STRING, nullable=True, min_length=2, max_length=4),
+        Field(name="heat", type=FieldType.FLOAT, nullable=True, maximum=90, warn=("maximum",)),
+        Field(name="cold", type=FieldType.FLOAT, nullable=True, minimum=0, refuse=("minimum",)),
         Field(name="open", type=FieldType.FLOAT),
     ),
     entity="meter",
@@ -32,8 +37,16 @@ OLD = Contract(
     delay=timedelta(minutes=5),
     future=timedelta(minutes=1),
     max_rejected_share=0.1,
+    rules=(
+        Rule(name="busy", check="count > 0 or flow == 0"),
+        Rule(name="warm", check="cold <= heat", severity=Severity.WARN),
+    ),
+    load_rules=(VOLUME, FRESH),
 )
-ROW = {"meter": "m1", "at": "2023-11-14T22:13:20Z", "flow": 5.0, "count": 3, "kind": "a", "note": None, "open": 1.5}
+ROW = {
+    "meter": "m1", "at": "2023-11-14T22:13:20Z", "flow": 5.0, "count": 3, "kind": "a", "note": None, "code": "abc",
+    "heat": 50.0, "cold": 10.0, "open": 1.5,
+}  # fmt: skip
 
 
 def field(name: str, **changes: Any) -> Contract:
@@ -44,6 +57,12 @@ def field(name: str, **changes: Any) -> Contract:
 
 def changed(**changes: Any) -> Contract:
     return Contract(**{**{name: getattr(OLD, name) for name in Contract.model_fields}, **changes})
+
+
+def ruled(**changes: Any) -> Contract:
+    """The contract with one rule changed; None takes it away."""
+    kept = [(rule, changes.get(rule.name, {})) for rule in OLD.rules]
+    return changed(rules=tuple(rule.model_copy(update=change) for rule, change in kept if change is not None))
 
 
 EXTRA = Field(name="extra", type=FieldType.STRING)
@@ -65,6 +84,14 @@ CASES: dict[str, tuple[Contract, str | None]] = {
     "maximum_lowered": (field("flow", maximum=99), "flow"),
     "maximum_raised": (field("flow", maximum=101), "flow"),
     "maximum_removed": (field("flow", maximum=None), "flow"),
+    "min_length_added": (field("note", min_length=2), "note"),
+    "min_length_raised": (field("code", min_length=3), "code"),
+    "min_length_lowered": (field("code", min_length=1), "code"),
+    "min_length_removed": (field("code", min_length=None), "code"),
+    "max_length_added": (field("note", max_length=2), "note"),
+    "max_length_lowered": (field("code", max_length=3), "code"),
+    "max_length_raised": (field("code", max_length=5), "code"),
+    "max_length_removed": (field("code", max_length=None), "code"),
     "pattern_added": (field("note", pattern="n.*"), "note"),
     "pattern_removed": (field("meter", pattern=None), "meter"),
     "pattern_changed": (field("meter", pattern="[mn][0-9]+"), "meter"),
@@ -88,6 +115,42 @@ CASES: dict[str, tuple[Contract, str | None]] = {
     "future_lowered": (changed(future=timedelta(0)), None),
     "rejected_share_raised": (changed(max_rejected_share=0.2), None),
     "rejected_share_lowered": (changed(max_rejected_share=0.05), None),
+    "limit_softened": (field("flow", warn=("maximum",)), "flow"),
+    "limit_hardened": (field("heat", warn=()), "heat"),
+    "load_refused_for_it": (field("flow", refuse=("maximum",)), "flow"),
+    "load_taken_despite_it": (field("cold", refuse=()), "cold"),
+    "rule_added": (changed(rules=(*OLD.rules, Rule(name="new", check="open > 0"))), "rule new"),
+    "warning_added": (
+        changed(rules=(*OLD.rules, Rule(name="new", check="open > 0", severity=Severity.WARN))),
+        "rule new",
+    ),
+    "rule_removed": (ruled(busy=None), "rule busy"),
+    "warning_removed": (ruled(warm=None), "rule warm"),
+    "rule_changed": (ruled(busy={"check": "count > 1 or flow <= 1"}), "rule busy"),
+    "warning_changed": (ruled(warm={"check": "cold < heat"}), "rule warm"),
+    "rule_softened": (ruled(busy={"severity": Severity.WARN}), "rule busy"),
+    "rule_hardened": (ruled(warm={"severity": Severity.REJECT}), "rule warm"),
+    "rule_description_changed": (ruled(busy={"description": "words"}), "rule busy"),
+    "load_rule_added": (changed(load_rules=(VOLUME, FRESH, NULLS)), "rule heat.null_share"),
+    "load_warning_added": (
+        changed(load_rules=(VOLUME, FRESH, NULLS.model_copy(update={"severity": Severity.WARN}))),
+        "rule heat.null_share",
+    ),
+    "load_rule_removed": (changed(load_rules=(FRESH,)), "rule load.volume"),
+    "load_warning_removed": (changed(load_rules=(VOLUME,)), "rule load.freshness"),
+    "load_rule_changed": (changed(load_rules=(Volume(minimum=11), FRESH)), "rule load.volume"),
+    "load_warning_changed": (
+        changed(load_rules=(VOLUME, FRESH.model_copy(update={"max_age": timedelta(hours=2)}))),
+        "rule load.freshness",
+    ),
+    "load_rule_softened": (
+        changed(load_rules=(VOLUME.model_copy(update={"severity": Severity.WARN}), FRESH)),
+        "rule load.volume",
+    ),
+    "load_rule_hardened": (
+        changed(load_rules=(VOLUME, FRESH.model_copy(update={"severity": Severity.REFUSE}))),
+        "rule load.freshness",
+    ),
     "owner_changed": (changed(owner="gas"), None),
     "description_changed": (changed(description="words"), None),
     "contract_renamed": (changed(name="others"), None),
@@ -127,6 +190,14 @@ ONLY_OLD = {
     "minimum_raised": {**ROW, "flow": 0.5},
     "maximum_added": {**ROW, "open": 10.0},
     "maximum_lowered": {**ROW, "flow": 99.5},
+    "min_length_added": {**ROW, "note": "x"},
+    "min_length_raised": {**ROW, "code": "ab"},
+    "max_length_added": {**ROW, "note": "other"},
+    "max_length_lowered": {**ROW, "code": "abcd"},
+    "limit_hardened": {**ROW, "heat": 91.0},
+    "rule_added": {**ROW, "open": 0.0},
+    "rule_changed": {**ROW, "count": 1},
+    "rule_hardened": {**ROW, "cold": 60.0},
     "pattern_added": {**ROW, "note": "other"},
     "allowed_introduced": {**ROW, "note": "y"},
     "value_withdrawn": {**ROW, "kind": "b"},
@@ -139,6 +210,14 @@ ONLY_NEW = {
     "minimum_removed": {**ROW, "flow": -1e9},
     "maximum_raised": {**ROW, "flow": 100.5},
     "maximum_removed": {**ROW, "flow": 1e9},
+    "min_length_lowered": {**ROW, "code": "a"},
+    "min_length_removed": {**ROW, "code": ""},
+    "max_length_raised": {**ROW, "code": "abcde"},
+    "max_length_removed": {**ROW, "code": "abcdefgh"},
+    "limit_softened": {**ROW, "flow": 101.0},
+    "rule_removed": {**ROW, "count": 0},
+    "rule_changed": {**ROW, "count": 0, "flow": 0.5},
+    "rule_softened": {**ROW, "count": 0},
     "pattern_removed": {**ROW, "meter": "?"},
     "pattern_changed": {**ROW, "meter": "n7"},
     "allowed_dropped": {**ROW, "kind": "z"},
@@ -164,6 +243,30 @@ def test_what_breaks_readers_takes_a_row_that_was_refused(kind) -> None:
 @pytest.mark.parametrize("kind", [kind for kind, (breaks, _) in KINDS.items() if breaks is Breaks.NOBODY])
 def test_what_breaks_nobody_takes_the_same_rows(kind) -> None:
     assert taken(CASES[kind][0], ROW)
+
+
+def test_a_limit_that_only_warns_may_come_change_and_go() -> None:
+    bare, other = field("heat", maximum=None, warn=()), field("heat", maximum=80)
+    assert [change.kind for change in diff(bare, OLD)] == ["warning_added"]
+    assert [change.kind for change in diff(OLD, bare)] == ["warning_removed"]
+    assert [change.kind for change in diff(OLD, other)] == ["warning_changed"]
+    assert [change.kind for change in diff(other, field("heat", warn=()))] == ["limit_hardened"]
+
+
+def test_a_rule_for_which_loads_are_refused_is_named_as_such() -> None:
+    strict = ruled(busy={"severity": Severity.REFUSE})
+    assert [change.kind for change in diff(OLD, strict)] == ["load_refused_for_it"]
+    assert [change.kind for change in diff(strict, OLD)] == ["load_taken_despite_it"]
+    assert {change.kind for change in diff(ruled(busy=None), strict)} == {"rule_added", "load_refused_for_it"}
+
+
+def test_a_change_of_a_rule_knows_the_fields_that_the_rule_reads() -> None:
+    (one,) = diff(OLD, CASES["rule_changed"][0])
+    assert one.reads == {"count", "flow"}
+    (other,) = diff(OLD, CASES["load_rule_added"][0])
+    assert other.reads == {"heat"}
+    (third,) = diff(OLD, CASES["load_rule_changed"][0])
+    assert third.reads == set()
 
 
 def test_a_field_that_is_added_before_others_moves_them_and_a_key_is_one_of_an_order() -> None:

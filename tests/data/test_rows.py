@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 
 from pipelines.contracts import rows
-from pipelines.contracts.datasets import Tally, publishable, unique_keys
+from pipelines.contracts.datasets import Manifest, Tally, refusals, unique_keys
 from pipelines.contracts.events import INSTANT, contract_schema
 from pipelines.contracts.parsing import AmbiguousColumns
-from pipelines.spec import Contract, Field, FieldType
+from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 NOW_US = (NOW - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
@@ -160,6 +160,17 @@ def test_the_first_row_of_a_key_is_kept_unless_the_key_is_taken() -> None:
 
 
 def test_a_load_is_published_up_to_its_share_and_not_beyond() -> None:
-    assert publishable(CONTRACT, Tally(100, 95, 5))
-    assert not publishable(CONTRACT, Tally(100, 94, 6))
-    assert publishable(CONTRACT, Tally(0, 0, 0))
+    assert refusals(CONTRACT, Manifest(Tally(100, 95, 5))) == []
+    assert refusals(CONTRACT, Manifest(Tally(100, 94, 6))) == ["6.0% of the rows are refused, and at most 5.0% may be"]
+    assert refusals(CONTRACT, Manifest(Tally(0, 0, 0))) == []
+
+
+def test_why_a_load_was_refused_is_told_alike_when_all_its_rows_are_in_quarantine() -> None:
+    whole = Manifest(Tally(100, 0, 100), {"load.refused": 94, "x.maximum": 6})
+    assert refusals(CONTRACT, whole) == ["6.0% of the rows are refused, and at most 5.0% may be"]
+
+
+def test_a_row_that_breaks_a_rule_for_which_loads_are_refused_refuses_its_load() -> None:
+    strict = CONTRACT.model_copy(update={"rules": (Rule(name="one", check="value > 0", severity=Severity.REFUSE),)})
+    found = refusals(strict, Manifest(Tally(100, 99, 1), {"rule:one": 1}))
+    assert found == ["1 rows break rule:one, for which a load is refused"]
