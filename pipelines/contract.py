@@ -1,7 +1,8 @@
 """``tidegate contract``: shows the contract of a page, tells what a change of it breaks, checks it beforehand, tells of
 a load on one HTML page, and sends quarantined rows through it again.
 
-A contract is named by its use case, or by a file that ``tidegate contract show`` has written.
+A contract is named by its use case, or by a file: one that ``tidegate contract show`` has written, or a document of the
+Open Data Contract Standard (``.yaml``, ``.yml``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipelines.contracts.events import LOAD_ID
 from pipelines.contracts.evolution import Change, diff, enough, required_version
 from pipelines.contracts.leases import LeaseLost
 from pipelines.contracts.lineage import Use, lineage
+from pipelines.contracts.odcs import NotReadable, from_odcs, to_odcs
 from pipelines.contracts.page import EXAMPLES, load_page
 from pipelines.features.state import StateError
 from pipelines.features.windows import pages
@@ -52,7 +54,8 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     show = actions.add_parser("show", help="the contract of a page as JSON")
-    show.add_argument("usecase")
+    show.add_argument("usecase", help="a use case or a file")
+    show.add_argument("--odcs", action="store_true", help="as a document of the Open Data Contract Standard")
     told = actions.add_parser("diff", help="what changes from one contract to another, and whom that breaks")
     told.add_argument("old", help="a use case or a file")
     told.add_argument("new", help="a use case or a file")
@@ -73,7 +76,8 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
     try:
         match options.action:
             case "show":
-                lines, fine = [usecases.load(options.usecase).contract.model_dump_json(indent=1)], True
+                contract = read_contract(options.usecase)
+                lines, fine = [to_odcs(contract) if options.odcs else contract.model_dump_json(indent=1)], True
             case "diff":
                 lines, fine = told_of(options.old, options.new), True
             case "page":
@@ -99,7 +103,9 @@ def read_contract(name: str) -> Contract:
         known = ", ".join(usecases.names())
         raise NoContract(f"{name!r} is neither a use case ({known}) nor a file that can be read: {error}") from error
     try:
-        return Contract.model_validate_json(text)
+        return from_odcs(text) if name.endswith((".yaml", ".yml")) else Contract.model_validate_json(text)
+    except NotReadable as error:
+        raise NoContract(f"{name} holds no contract: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"

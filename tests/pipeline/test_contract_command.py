@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datacontract.data_contract import DataContract
 
 from cluster.database import Database
 from cluster.settings import Settings
 from pipelines import contract as command
 from pipelines import usecases
 from pipelines.features.windows import pages
+from pipelines.spec import Contract
 from pipelines.training.artifact import load, write_page
 from pipelines.training.registry import Registry
 from serving import routing
@@ -49,6 +51,23 @@ def champion(settings: Settings, folder: Path, contract: dict[str, Any] | None) 
     database.create()
     routing.publish(database, "aqua", None, {"champion": version})
     return version
+
+
+def test_a_document_of_the_standard_is_read_like_any_other_file_and_its_linter_takes_it(
+    settings, tmp_path, capsys
+) -> None:
+    for name in usecases.names():
+        assert tidegate(["contract", "show", name, "--odcs"]) == 0
+        path = tmp_path / f"{name}.odcs.yaml"
+        path.write_text(capsys.readouterr().out)
+        assert command.read_contract(str(path)) == usecases.load(name).contract
+        assert DataContract(data_contract_file=str(path)).lint().has_passed()
+        assert tidegate(["contract", "show", str(path)]) == 0
+        assert Contract.model_validate_json(capsys.readouterr().out) == usecases.load(name).contract
+    path.write_text(path.read_text().replace("logicalType: number", "logicalType: numbers"))
+    assert not DataContract(data_contract_file=str(path)).lint().has_passed()
+    assert tidegate(["contract", "diff", str(path), name]) == 1
+    assert "is of logical type 'numbers'" in capsys.readouterr().err
 
 
 def test_show_writes_what_diff_reads_as_the_same(settings, tmp_path, capsys) -> None:

@@ -55,10 +55,18 @@ def test_a_load_is_held_against_those_before_it_and_a_refused_one_is_no_measure(
     for i in range(3):
         report = here.load(file(tmp_path / "in", f"{i}.parquet", readings(range(20 * i, 20 * i + 20))), usual)
         assert report.status == "published"
-    small = here.load(file(tmp_path / "in", "s.parquet", readings(range(100, 105))), usual)
-    assert small.status == "refused"
-    assert "the median of the last 3 loads" in small.refusals[0]
+    for i in range(3):
+        small = here.load(file(tmp_path / "in", f"s{i}.parquet", readings(range(100 + i, 105 + i))), usual)
+        assert small.status == "refused"
+        assert "the median of the last 3 loads" in small.refusals[0]
     assert here.load(file(tmp_path / "in", "n.parquet", readings(range(200, 220))), usual).status == "published"
+
+
+def test_rows_that_came_before_do_not_count(here, tmp_path) -> None:
+    enough = page(Volume(minimum=41))
+    twice = pa.concat_tables([readings(range(40)), readings(range(20))])
+    report = here.load(file(tmp_path / "in", "a.parquet", twice), enough)
+    assert report.refusals[-1] == "load.volume: 40 rows are fewer than 41"
 
 
 def test_rows_that_a_rule_only_warns_of_are_taken_and_counted(here, tmp_path) -> None:

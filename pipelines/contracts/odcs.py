@@ -1,0 +1,257 @@
+"""A contract as a document of the Open Data Contract Standard 3.1, and back again.
+
+What the standard has is said in its words: types, nulls, limits, keys, examples, quality rules and service levels. What
+it has not is in custom properties, so that a document which this code wrote is read as the contract that it was written
+from. A document from elsewhere needs the roles of its columns besides, and is read as far as it can be enforced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from open_data_contract_standard.model import (
+    CustomProperty,
+    DataQuality,
+    Description,
+    OpenDataContractStandard,
+    SchemaObject,
+    SchemaProperty,
+    ServiceLevelAgreementProperty,
+    Team,
+)
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.spec import (
+    Contract,
+    Distribution,
+    Field,
+    FieldType,
+    Freshness,
+    LoadRule,
+    NullShare,
+    Rule,
+    Severity,
+    Volume,
+)
+
+API_VERSION = "v3.1.0"
+_ENGINE = "tidegate"
+_LOGICAL = {
+    FieldType.STRING: "string",
+    FieldType.FLOAT: "number",
+    FieldType.INTEGER: "integer",
+    FieldType.BOOLEAN: "boolean",
+    FieldType.TIMESTAMP: "timestamp",
+}
+_TYPES = {logical: kind for kind, logical in _LOGICAL.items()}
+_OPTIONS = {
+    "minimum": "minimum",
+    "maximum": "maximum",
+    "min_length": "minLength",
+    "max_length": "maxLength",
+    "pattern": "pattern",
+}
+_ROLES = ("entity", "time", "delay", "lateness", "future", "max_rejected_share")
+_LOAD_RULES: TypeAdapter[LoadRule] = TypeAdapter(LoadRule)
+
+
+class NotReadable(ValueError):
+    """The document is none of the standard, or says what cannot be enforced; the message says what, where, and what to
+    do.
+    """
+
+
+def to_odcs(contract: Contract) -> str:
+    """The contract as YAML."""
+    rules = [_of_rule(rule) for rule in contract.rules] + [_of_load(rule) for rule in contract.load_rules]
+    document = OpenDataContractStandard(
+        apiVersion=API_VERSION,
+        kind="DataContract",
+        id=f"urn:tidegate:{contract.name}",
+        name=contract.name,
+        version=contract.version,
+        status="active",
+        team=Team(name=contract.owner),
+        description=Description(purpose=contract.description) if contract.description else None,
+        schema=[
+            SchemaObject(
+                name=contract.name,
+                logicalType="object",
+                physicalType="table",
+                properties=[_of_field(contract, field) for field in contract.fields],
+                quality=rules or None,
+            )
+        ],
+        slaProperties=[
+            ServiceLevelAgreementProperty(
+                property="freshness",
+                value=rule.max_age.total_seconds(),
+                unit="s",
+                element=f"{contract.name}.{contract.time}",
+            )
+            for rule in contract.load_rules
+            if isinstance(rule, Freshness)
+        ]
+        or None,
+        customProperties=[
+            CustomProperty(property=_ENGINE, value=contract.model_dump(mode="json", include=set(_ROLES))),
+        ],
+    )
+    text: str = document.to_yaml()
+    return text
+
+
+def from_odcs(text: str) -> Contract:
+    """The contract of a YAML document; raises ``NotReadable``."""
+    try:
+        document = OpenDataContractStandard.from_string(text)
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        raise NotReadable(f"it is no document of the Open Data Contract Standard: {error}") from error
+    objects = document.schema_ or []
+    if len(objects) != 1:
+        raise NotReadable(f"it describes {len(objects)} objects, and a contract is of one: make a document of each")
+    (table,) = objects
+    columns = table.properties or []
+    keyed = sorted((c for c in columns if c.primaryKey), key=lambda column: column.primaryKeyPosition or 0)
+    roles = _custom(document.customProperties).get(_ENGINE)
+    if not isinstance(roles, dict) or not {"entity", "time"} <= roles.keys():
+        raise NotReadable(
+            f"which column is the entity and which the time is not said: add the custom property {_ENGINE!r} with "
+            "the value {entity: COLUMN, time: COLUMN}, and delay, lateness, future where they are not the usual ones"
+        )
+    rules, load_rules = _rules(table.quality or ())
+    team = document.team
+    try:
+        return Contract(
+            name=document.name or table.name or "",
+            version=document.version or "",
+            owner=(team.name if isinstance(team, Team) else None) or "unknown",
+            description=(document.description.purpose if document.description else None) or "",
+            fields=tuple(map(_to_field, columns)),
+            key=tuple(column.name or "" for column in keyed),
+            rules=rules,
+            load_rules=load_rules,
+            **roles,
+        )
+    except (ValidationError, TypeError) as error:
+        raise NotReadable(f"it describes no contract: {error}") from error
+
+
+def _of_field(contract: Contract, field: Field) -> SchemaProperty:
+    options: dict[str, Any] = {theirs: getattr(field, ours) for ours, theirs in _OPTIONS.items()}
+    if field.type is FieldType.TIMESTAMP:
+        options |= {"timezone": True}
+    own = field.model_dump(mode="json", include={"unit", "warn", "refuse"}, exclude_defaults=True)
+    quality = []
+    if field.allowed is not None:
+        quality.append(
+            DataQuality(
+                type="library",
+                metric="invalidValues",
+                arguments={"validValues": list(field.allowed)},
+                mustBe=0,
+                severity="warning" if "allowed" in field.warn else "error",
+            )
+        )
+    return SchemaProperty(
+        name=field.name,
+        logicalType=_LOGICAL[field.type],
+        physicalType=field.type.value,
+        required=None if field.nullable else True,
+        primaryKey=True if field.name in contract.key else None,
+        primaryKeyPosition=contract.key.index(field.name) + 1 if field.name in contract.key else None,
+        logicalTypeOptions={name: value for name, value in options.items() if value is not None} or None,
+        description=field.description or None,
+        examples=None if field.example is None else [field.example],
+        quality=quality or None,
+        customProperties=[CustomProperty(property=_ENGINE, value=own)] if own else None,
+    )
+
+
+def _to_field(column: SchemaProperty) -> Field:
+    kind = _TYPES.get(column.logicalType or "")
+    if kind is None:
+        raise NotReadable(
+            f"column {column.name!r} is of logical type {column.logicalType!r}, and a contract has {', '.join(_TYPES)}"
+        )
+    options = column.logicalTypeOptions or {}
+    if unknown := set(options) - {*_OPTIONS.values(), "timezone", "format"}:
+        raise NotReadable(f"column {column.name!r} has options that are not enforced here: {sorted(unknown)}")
+    own = _custom(column.customProperties).get(_ENGINE, {})
+    limits = {ours: options[theirs] for ours, theirs in _OPTIONS.items() if theirs in options}
+    examples = column.examples or []
+    return Field(
+        name=column.name or "",
+        type=kind,
+        nullable=not column.required,
+        allowed=_allowed(column),
+        example=str(examples[0]) if examples and kind is FieldType.STRING else None,
+        description=column.description or "",
+        **limits,
+        **own,
+    )
+
+
+def _allowed(column: SchemaProperty) -> tuple[str, ...] | None:
+    for quality in column.quality or ():
+        values = (quality.arguments or {}).get("validValues")
+        if quality.metric != "invalidValues" or values is None or quality.mustBe != 0:
+            raise NotReadable(f"column {column.name!r} has a quality rule that is not enforced here: {_said(quality)}")
+        return tuple(values)
+    return None
+
+
+def _of_rule(rule: Rule) -> DataQuality:
+    return DataQuality(
+        type="custom",
+        engine=_ENGINE,
+        name=rule.name,
+        description=rule.description or None,
+        severity="warning" if rule.severity is Severity.WARN else "error",
+        implementation=rule.model_dump(mode="json", include={"check", "severity"}),
+    )
+
+
+def _of_load(rule: LoadRule) -> DataQuality:
+    """In the library's words where they say the same, besides our own."""
+    same: dict[str, Any] = {}
+    if isinstance(rule, NullShare):
+        same = {"description": f"at most {rule.maximum:.6%} of {rule.field} are null"}
+    elif isinstance(rule, Volume):
+        same = {"description": "the number of rows of a load"}
+    elif isinstance(rule, Distribution):
+        same = {"description": f"mean and standard deviation of {rule.field}"}
+    return DataQuality(
+        type="custom",
+        engine=_ENGINE,
+        name=rule.id.replace(".", "_"),
+        severity="warning" if rule.severity is Severity.WARN else "error",
+        implementation=rule.model_dump(mode="json", exclude_none=True),
+        **same,
+    )
+
+
+def _rules(qualities: Iterable[DataQuality]) -> tuple[tuple[Rule, ...], tuple[LoadRule, ...]]:
+    rules, load_rules = [], []
+    for quality in qualities:
+        wanted = quality.implementation
+        if quality.type != "custom" or quality.engine != _ENGINE or not isinstance(wanted, dict):
+            raise NotReadable(f"a quality rule is not enforced here: {_said(quality)}")
+        try:
+            if "check" in wanted:
+                rules.append(Rule(name=quality.name or "", description=quality.description or "", **wanted))
+            else:
+                load_rules.append(_LOAD_RULES.validate_python(wanted))
+        except (ValidationError, TypeError) as error:
+            raise NotReadable(f"quality rule {quality.name!r}: {error}") from error
+    return tuple(rules), tuple(load_rules)
+
+
+def _said(quality: DataQuality) -> str:
+    return str(quality.model_dump(exclude_none=True, exclude_defaults=True))
+
+
+def _custom(properties: Iterable[CustomProperty] | None) -> dict[str, Any]:
+    return {one.property: one.value for one in properties or () if one.property is not None}

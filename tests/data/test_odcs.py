@@ -1,0 +1,132 @@
+"""Contracts as documents of the Open Data Contract Standard: nothing is lost, and nothing is taken that is not kept."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import usecases
+from pipelines.contracts.odcs import NotReadable, from_odcs, to_odcs
+from pipelines.spec import (
+    Contract,
+    Distribution,
+    Freshness,
+    LoadRule,
+    Monotone,
+    NullShare,
+    Severity,
+    Silence,
+    Volume,
+)
+from tests.data import contract_oracle as oracle
+from tests.data.test_evolution import OLD
+
+SEVERITIES = st.sampled_from([Severity.WARN, Severity.REFUSE])
+
+
+def load_rules(contract: Contract) -> st.SearchStrategy[tuple[LoadRule, ...]]:
+    numbers = [f.name for f in contract.fields if f.type.value in ("float64", "int64")]
+    spans = st.timedeltas(timedelta(microseconds=1), timedelta(days=900))
+    bounds = st.tuples(st.floats(-1e9, 0), st.floats(0, 1e9))
+    kinds: list[st.SearchStrategy[Any]] = [
+        st.builds(Volume, minimum=st.none() | st.integers(0, 9), history=st.integers(3, 9), severity=SEVERITIES),
+        st.builds(Freshness, max_age=spans, severity=SEVERITIES),
+        st.builds(Silence, every=spans, severity=SEVERITIES),
+        st.builds(NullShare, field=st.sampled_from([f.name for f in contract.fields]), maximum=st.floats(0, 1)),
+    ]
+    if numbers:
+        named = st.sampled_from(numbers)
+        kinds += [st.builds(Distribution, field=named, mean=bounds, std=st.none() | bounds)]
+        kinds += [st.builds(Monotone, field=named, severity=SEVERITIES)]
+    return st.lists(st.one_of(kinds), max_size=4, unique_by=lambda rule: rule.id).map(tuple)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_contract_is_the_same_after_its_document_was_read(data) -> None:
+    drawn = data.draw(oracle.contracts())
+    contract = Contract(**{**dict(drawn), "load_rules": data.draw(load_rules(drawn))})
+    assert from_odcs(to_odcs(contract)) == contract
+
+
+@pytest.mark.parametrize("contract", [OLD, *(usecases.load(name).contract for name in usecases.names())])
+def test_the_contracts_of_pages_are_the_same_after_their_documents_were_read(contract) -> None:
+    assert from_odcs(to_odcs(contract)) == contract
+
+
+def test_what_the_standard_has_is_said_in_its_words() -> None:
+    document = yaml.safe_load(to_odcs(OLD))
+    assert (document["kind"], document["apiVersion"], document["version"]) == ("DataContract", "v3.1.0", "1.2.3")
+    assert document["team"] == {"name": "water"}
+    (table,) = document["schema"]
+    columns = {column["name"]: column for column in table["properties"]}
+    meter, flow, kind = columns["meter"], columns["flow"], columns["kind"]
+    assert (meter["primaryKey"], meter["primaryKeyPosition"], meter["required"]) == (True, 1, True)
+    assert meter["logicalTypeOptions"] == {"pattern": "m[0-9]+"}
+    assert meter["examples"] == ["m1"]
+    assert (flow["logicalType"], flow["logicalTypeOptions"]) == ("number", {"minimum": 0.0, "maximum": 100.0})
+    assert kind["quality"][0]["arguments"] == {"validValues": ["a", "b"]}
+    assert "required" not in kind
+    assert [rule["name"] for rule in table["quality"]] == ["busy", "warm", "load_volume", "load_freshness"]
+    assert document["slaProperties"] == [
+        {"property": "freshness", "value": 3600.0, "unit": "s", "element": "readings.at"}
+    ]
+
+
+FOREIGN = """
+apiVersion: v3.1.0
+kind: DataContract
+id: orders
+name: orders
+version: 2.0.0
+status: active
+team: {name: sales}
+schema:
+- name: orders
+  properties:
+  - {name: customer, logicalType: string, required: true, primaryKey: true, primaryKeyPosition: 1}
+  - {name: ordered_at, logicalType: timestamp, required: true, primaryKey: true, primaryKeyPosition: 2}
+  - {name: amount, logicalType: number, logicalTypeOptions: {minimum: 0}}
+"""
+ROLES = "customProperties: [{property: tidegate, value: {entity: customer, time: ordered_at}}]\n"
+
+
+def test_a_document_from_elsewhere_is_a_contract_once_its_columns_have_roles() -> None:
+    with pytest.raises(NotReadable, match="add the custom property 'tidegate'"):
+        from_odcs(FOREIGN)
+    contract = from_odcs(FOREIGN + ROLES)
+    assert (contract.name, contract.owner, contract.key) == ("orders", "sales", ("customer", "ordered_at"))
+    assert contract.field("amount").minimum == 0
+    assert contract.field("amount").nullable
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("logicalType: number", "logicalType: array", "'amount' is of logical type 'array'"),
+        ("{minimum: 0}", "{multipleOf: 2}", r"options that are not enforced here: \['multipleOf'\]"),
+        (
+            "{minimum: 0}}",
+            "{minimum: 0}, quality: [{type: sql, query: SELECT 1}]}",
+            "a quality rule that is not enforced",
+        ),
+        ("- name: orders\n", "- name: more\n- name: orders\n", "describes 2 objects"),
+        (
+            "  properties:",
+            "  quality: [{type: library, metric: rowCount, mustBe: 1}]\n  properties:",
+            "not enforced here",
+        ),
+        ("version: 2.0.0", "version: two", "describes no contract"),
+        ("kind: DataContract", "kind: DataContract\nunheard: of", "is no document of the Open Data Contract Standard"),
+        ("schema:", "schema: [", "is no document of the Open Data Contract Standard"),
+    ],
+)
+def test_what_is_not_enforced_here_is_refused_and_not_forgotten(old, new, words) -> None:
+    assert old in FOREIGN
+    with pytest.raises(NotReadable, match=words):
+        from_odcs(FOREIGN.replace(old, new) + ROLES)
