@@ -147,7 +147,7 @@ def _of_field(contract: Contract, field: Field) -> SchemaProperty:
     quality = []
     if field.allowed is not None:
         quality.append(
-            DataQuality(
+            _quality(
                 type="library",
                 metric="invalidValues",
                 arguments={"validValues": list(field.allowed)},
@@ -204,7 +204,7 @@ def _allowed(column: SchemaProperty) -> tuple[str, ...] | None:
 
 
 def _of_rule(rule: Rule) -> DataQuality:
-    return DataQuality(
+    return _quality(
         type="custom",
         engine=_ENGINE,
         name=rule.name,
@@ -223,7 +223,7 @@ def _of_load(rule: LoadRule) -> DataQuality:
         same = {"description": "the number of rows of a load"}
     elif isinstance(rule, Distribution):
         same = {"description": f"mean and standard deviation of {rule.field}"}
-    return DataQuality(
+    return _quality(
         type="custom",
         engine=_ENGINE,
         name=rule.id.replace(".", "_"),
@@ -247,6 +247,10 @@ def _rules(qualities: Iterable[DataQuality]) -> tuple[tuple[Rule, ...], tuple[Lo
         except (ValidationError, TypeError) as error:
             raise NotReadable(f"quality rule {quality.name!r}: {error}") from error
     return tuple(rules), tuple(load_rules)
+
+
+def _quality(**given: Any) -> DataQuality:
+    return DataQuality(mustBeBetween=None, mustNotBeBetween=None, **given)
 
 
 def _said(quality: DataQuality) -> str:
