@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from typing import Any
 
@@ -19,11 +21,14 @@ from cluster.settings import Settings
 from pipelines import usecases
 from serving.drills import DrilledRunner, drill_of
 from serving.frames import Reply, pack_reply, pack_rows, unpack_reply, unpack_rows
-from serving.line import Line, Listener, Place
+from serving.line import Busy, Line, Listener, Place
 from serving.runner import Rows, load_version
+
+logger = logging.getLogger(__name__)
 
 _CPUS = 0.1
 _HANGS_S = 30.0
+_PLACE_S, _AGAIN_S = 30.0, 0.2
 
 
 class Challenger:
@@ -124,7 +129,8 @@ class Asker:
         self._place: Place | None = None  # told and not yet used
         self._line: Line | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[Line] | None = None
+        self._again_s = -math.inf  # of the loop's clock: it is not connected to before
 
     def ready(self, timeout_s: float) -> bool:
         """Whether the challenger says where it is within the time: a first request should not have to wait for that."""
@@ -142,16 +148,42 @@ class Asker:
         return unpack_reply(await line.ask(pack_rows(rows)))
 
     async def _connected(self) -> Line:
-        async with self._connecting:
-            if self._line is None or self._line.lost:  # nobody else has seen to it meanwhile
-                place, self._place = self._place, None
-                if place is None:  # it was started again, and is elsewhere
-                    place = await self._handle.place.remote()
-                self._loop, self._line = asyncio.get_running_loop(), await Line.connect(place)
-            return self._line
+        """The line, which one task makes for all who wait, for as long as that takes: with the deadline of a request it
+        might never come to an end.
+        """
+        self._loop = asyncio.get_running_loop()
+        if self._connecting is None:
+            if self._loop.time() < self._again_s:
+                raise Busy("it could not be connected to a moment ago")
+            self._connecting = asyncio.ensure_future(self._connect())
+            self._connecting.add_done_callback(self._connect_ended)
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> Line:
+        place, self._place = self._place, None
+        if place is None:  # it was started again, and is elsewhere
+            found: Place = await asyncio.wait_for(self._handle.place.remote(), _PLACE_S)
+            place = found
+        return await asyncio.wait_for(Line.connect(place), _PLACE_S)
+
+    def _connect_ended(self, task: asyncio.Task[Line]) -> None:
+        self._connecting = None
+        if task.cancelled() or task.exception() is not None:
+            self._again_s = task.get_loop().time() + _AGAIN_S
+        else:
+            self._line = task.result()
 
     def close(self) -> None:
         """Lets go of the line and of the handle's connections."""
-        if self._line is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._line.close)
+        if self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._let_go)
+            except RuntimeError:  # the loop has ended, and with it what it held
+                logger.debug("the line to a challenger was gone with its loop")
         self._handle.shutdown()
+
+    def _let_go(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._line is not None:
+            self._line.close()

@@ -10,13 +10,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from pipelines.spec import ABTest
+    from pipelines.spec import ABTest, ReleasePolicy
     from serving.client import Client
+
+Model = TypeVar("Model", bound="BaseModel")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions.add_parser("differences", help="what the version that is tried says differently, with the worst cases")
     start = actions.add_parser("start", help="ask for the release of a version")
     start.add_argument("version")
+    start.add_argument("--policy", type=Path, help="a JSON file with the policy, instead of the page's")
     start.add_argument("--force", action="store_true", help="although its gates did not pass; needs --reason")
     start.add_argument("--reason", default="", help="kept in the journal")
     steering = {
@@ -191,7 +194,8 @@ def _rollout(options: argparse.Namespace) -> int:
             case "differences":
                 return client.rollout_differences()
             case "start":
-                return client.rollout_start(options.version, force=options.force, reason=options.reason)
+                policy = _policy(options.policy) if options.policy else None
+                return client.rollout_start(options.version, policy=policy, force=options.force, reason=options.reason)
             case _:
                 return client.rollout_command(options.action, options.reason)
 
@@ -214,31 +218,46 @@ def _ab(options: argparse.Namespace) -> int:
     return _said(options, act)
 
 
+def _policy(path: Path) -> ReleasePolicy:
+    """The policy of a file; raises ``ValueError`` when it holds none."""
+    from pipelines.spec import ReleasePolicy
+
+    return _valid(ReleasePolicy, _document(path), f"{path} holds no release policy")
+
+
 def _definition(options: argparse.Namespace) -> ABTest:
     """The test that the options describe; raises ``ValueError`` when they describe none."""
-    from pydantic import ValidationError
-
     from pipelines.spec import ABTest
 
-    given: Any = {}
-    if options.definition:
-        try:
-            given = json.loads(options.definition.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{options.definition} cannot be read as JSON: {error}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{options.definition} must hold a JSON object with the fields of a test")
+    given = _document(options.definition) if options.definition else {}
     if options.variant:
         if "variants" in given:
             raise ValueError(f"variants are given by --variant and in {options.definition}: leave one of them out")
         pairs = [text.partition("=") for text in options.variant]
         given["variants"] = [{"version": version, "share": share} for version, _, share in pairs]
+    return _valid(ABTest, given, "that is no A/B test")
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; raises ``ValueError``."""
     try:
-        return ABTest.model_validate(given)
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return given
+
+
+def _valid(kind: type[Model], given: dict[str, Any], otherwise: str) -> Model:
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"that is no A/B test: {where}: {first['msg']}") from error
+        raise ValueError(f"{otherwise}: {where}: {first['msg']}") from error
 
 
 def _said(options: argparse.Namespace, act: Callable[[Client], BaseModel]) -> int:

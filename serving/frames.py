@@ -91,12 +91,12 @@ def _unpack(message: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
         said = orjson.loads(memoryview(message)[_HEADER.size : at])
         arrays = []
         for kind, shape in said.pop("arrays"):
-            if kind not in _KINDS:
-                raise Malformed(f"an array of {kind!r}")
+            if kind not in _KINDS or not all(type(length) is int and length >= 0 for length in shape):
+                raise Malformed(f"an array of {kind!r} with the shape {shape}")
             count = math.prod(shape)
             arrays.append(np.frombuffer(message, np.dtype(kind), count, at).reshape(shape))
             size = count * np.dtype(kind).itemsize
             at += size + -size % _ALIGNED
-    except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (struct.error, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise Malformed(f"no message: {error}") from error
     return said, arrays

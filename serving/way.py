@@ -15,6 +15,7 @@ import numpy as np
 from pipelines.training.artifact import Prediction
 from serving.answers import Prepared
 from serving.frames import Reply
+from serving.line import Busy
 from serving.runner import DescribedVersion, LoadedVersion, Rows
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ async def within(
     The deadline is for making these too: a view of its own may be slow, or its state away.
 
     A late one is harm, but no evidence of errors: the way to a process of its own and a busy machine would be held
-    against a version that is as good as the champion, which has no such way.
+    against a version that is as good as the champion, which has no such way. So is one that could not be asked.
     """
 
     async def work() -> tuple[Prepared, Rows, Reply]:
@@ -90,7 +91,7 @@ async def within(
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise  # the caller went away
         return Got(None)
-    except TimeoutError:
+    except (TimeoutError, Busy):
         return Got(None, late=True)
     except Exception as error:  # noqa: BLE001 — whatever a version raises or answers is its failure, and counted as one
         _tell(described.version, type(error), str(error))

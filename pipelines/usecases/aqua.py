@@ -16,17 +16,23 @@ from pipelines.spec import (
     Field,
     FieldType,
     Fold,
+    Freshness,
     Gate,
     Labels,
     Lag,
     ModelSpec,
+    NullShare,
     ReleasePolicy,
     RetrainPolicy,
+    Rule,
     SearchSpace,
+    Severity,
     Shadow,
+    Silence,
     Split,
     Target,
     UseCase,
+    Volume,
     Window,
 )
 
@@ -35,7 +41,7 @@ AHEAD = 24 * HOUR
 
 CONTRACT = Contract(
     name="district_readings",
-    version="1.0.0",
+    version="1.1.0",
     owner="network operations",
     description="Hourly net inflow of a district with the weather of that hour.",
     fields=(
@@ -52,6 +58,21 @@ CONTRACT = Contract(
     time="time",
     key=("district", "time"),
     lateness=6 * HOUR,
+    rules=(
+        Rule(
+            name="wet_air",
+            check="rain == 0 or humidity >= 30",
+            severity=Severity.WARN,
+            description="it does not rain out of dry air: one of the two sensors is wrong",
+        ),
+    ),
+    # Deliveries differ, and a history is loaded once and old: what is odd about one is told, and stops nothing.
+    load_rules=(
+        Volume(history=8, ratio=(0.5, 2), severity=Severity.WARN),
+        Freshness(max_age=2 * DAY, severity=Severity.WARN),
+        NullShare(field="inflow", maximum=0.25, severity=Severity.WARN),
+        Silence(every=3 * HOUR, severity=Severity.WARN),
+    ),
 )
 
 

@@ -9,21 +9,26 @@ from pipelines.spec import (
     Contract,
     DecayRule,
     Derived,
+    Distribution,
     DriftRule,
     FeatureView,
     Field,
     FieldType,
     Fold,
+    Freshness,
     Gate,
     Labels,
     ModelSpec,
     Neighbours,
     ReleasePolicy,
     RetrainPolicy,
+    Rule,
     SearchSpace,
+    Severity,
     Split,
     Target,
     UseCase,
+    Volume,
     Window,
 )
 
@@ -31,7 +36,7 @@ DAY = timedelta(days=1)
 
 CONTRACT = Contract(
     name="home_sales",
-    version="1.0.0",
+    version="1.1.0",
     owner="valuation",
     description="Recorded sales of homes in Seattle.",
     fields=(
@@ -56,6 +61,25 @@ CONTRACT = Contract(
     key=("sale_id",),
     delay=DAY,
     lateness=30 * DAY,
+    rules=(
+        Rule(
+            name="renewed_once_built",
+            check="effective_age <= age",
+            severity=Severity.WARN,
+            description="a home is not renewed before it is built",
+        ),
+        Rule(
+            name="price_of_its_size",
+            check="20 <= price / living_area <= 2500",
+            severity=Severity.WARN,
+            description="the price of a square foot is that of no home: one of the two is wrong",
+        ),
+    ),
+    load_rules=(
+        Volume(history=8, ratio=(0.25, 4), severity=Severity.WARN),
+        Freshness(max_age=45 * DAY, severity=Severity.WARN),
+        Distribution(field="price", mean=(200_000, 2_000_000), severity=Severity.WARN),
+    ),
 )
 
 

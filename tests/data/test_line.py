@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import uvloop
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from hypothesis.extra import numpy as arrays
 from pipelines.training.artifact import Prediction
 from serving import line as lines
 from serving.frames import Malformed, pack_reply, pack_rows, unpack_reply, unpack_rows
-from serving.line import Failed, Line, Listener, Lost, Place
+from serving.line import Busy, Failed, Line, Listener, Lost, Place
 from serving.runner import Rows
 
 FLOATS = st.floats(width=64)
@@ -104,6 +106,18 @@ def test_bytes_that_are_no_message_are_named_as_such(garbage, cut) -> None:
             unpack_reply(message)
 
 
+@pytest.mark.parametrize("shape", [[-1], [10**30], [2**62, 2], [1.5], ["a"], [True], 3])
+def test_shapes_of_no_sense_are_malformed(shape) -> None:
+    header = (
+        orjson.dumps({"seconds": 0.0, "arrays": [["<f8", shape]] * 3})
+        if shape != [10**30]
+        else (b'{"seconds": 0.0, "arrays": [["<f8", [1000000000000000000000000000000]]]}')
+    )
+    header += b" " * (-len(header) % 8)
+    with pytest.raises(Malformed):
+        unpack_reply(struct.pack("<Q", len(header)) + header + bytes(64))
+
+
 def test_requests_follow_each_other_without_waiting_and_each_gets_its_own_answer() -> None:
     order: list[bytes] = []
 
@@ -176,7 +190,7 @@ def test_no_more_than_so_many_wait_at_once(monkeypatch) -> None:
     async def act(line: Line) -> Any:
         waiting = [asyncio.ensure_future(line.ask(b"x")) for _ in range(3)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Failed, match="3 requests wait already"):
+        with pytest.raises(Busy, match="3 requests wait already"):
             await line.ask(b"one too many")
         go_on.set()
         return await asyncio.gather(*waiting)
@@ -195,13 +209,129 @@ def test_one_that_does_not_read_is_not_written_to_without_end(monkeypatch) -> No
                 await asyncio.wait_for(line.ask(bytes(100_000)), 0.001)
             except TimeoutError:
                 continue
-            except Failed as error:
+            except Busy as error:
                 go_on.set()
                 return str(error)
         raise AssertionError("all was taken")
 
     with listening(lambda message: message if go_on.wait(5) else b"") as made:
         assert "does not read" in asking(made.place, act)
+
+
+@pytest.mark.parametrize("said", ["no file m\udcff.bin", None])
+def test_an_error_that_cannot_be_spelt_or_shown_is_told_all_the_same(said) -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            if said is None:
+                raise ZeroDivisionError
+            return said
+
+    def answer(message: bytes) -> bytes:
+        if message == b"bad":
+            raise Odd
+        return message
+
+    async def act(line: Line) -> Any:
+        return await asyncio.gather(line.ask(b"bad"), line.ask(b"good"), return_exceptions=True)
+
+    with listening(answer) as made:
+        error, good = asking(made.place, act)
+        assert made.alive()
+    assert str(error) == ("Odd" if said is None else "Odd: no file m?.bin")
+    assert good == b"good"
+
+
+def test_one_that_stalls_keeps_nobody_else_waiting_and_is_left_in_the_end(monkeypatch) -> None:
+    monkeypatch.setattr(lines, "_SEND_S", 0.5)
+    huge = bytes(20_000_000)
+    with listening(lambda message: huge if message == b"huge" else message) as made:
+        with socket.create_connection((HOST, made.place.port), timeout=5) as stalled:
+            stalled.sendall(made.place.secret + lines._FRAME.pack(4, 0, 0) + b"huge")
+            time.sleep(0.2)
+            assert asking(made.place, lambda line: asyncio.wait_for(line.ask(b"x"), 0.3)) == b"x"
+            time.sleep(1.0)
+            with suppress(ConnectionResetError):
+                while stalled.recv(1_000_000):
+                    pass  # it ends before all of it came
+        assert asking(made.place, lambda line: line.ask(b"huge")) == huge
+
+
+def test_who_says_nothing_is_left_and_there_are_never_many_of_them(monkeypatch) -> None:
+    monkeypatch.setattr(lines, "_STRANGER_S", 0.3)
+    monkeypatch.setattr(lines, "_MOST_STRANGERS", 3)
+    with listening(lambda message: message) as made:
+        strangers = [socket.create_connection((HOST, made.place.port), timeout=5) for _ in range(5)]
+        assert [stranger.recv(1) for stranger in strangers[:2]] == [b"", b""]
+        assert len([caller for caller in made._callers if not caller.known]) == 3
+        assert [stranger.recv(1) for stranger in strangers[2:]] == [b""] * 3
+        for stranger in strangers:
+            stranger.close()
+        assert asking(made.place, lambda line: line.ask(b"x")) == b"x"
+
+
+def test_it_goes_on_when_nobody_can_be_let_in_for_a_while(monkeypatch) -> None:
+    with listening(lambda message: message) as made:
+        real, refused = made._listening, []
+
+        class Full:
+            def accept(self) -> Any:
+                refused.append(1)
+                raise OSError("too many open files")
+
+        made._listening = Full()  # type: ignore[assignment]
+        waiting = socket.create_connection((HOST, made.place.port), timeout=5)
+        deadline = time.monotonic() + 5
+        while not refused:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert made.alive()
+        made._listening = real
+        assert asking(made.place, lambda line: line.ask(b"x")) == b"x"
+        waiting.close()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_line_that_is_closed_or_makes_no_sense_ends_for_all_who_wait(loop) -> None:
+    with socket.create_server((HOST, 0)) as silent:
+        place = Place(HOST, silent.getsockname()[1], bytes(32))
+
+        async def act() -> tuple[list[Any], Any]:
+            line = await Line.connect(place)
+            asked = [asyncio.ensure_future(line.ask(bytes(1_000_000))) for _ in range(5)]
+            await asyncio.sleep(0.05)
+            line.close()  # with much of it unread
+            ended = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 2)
+            assert line.lost
+            other = await Line.connect(place)
+            one = asyncio.ensure_future(other.ask(b"x"))
+            await asyncio.sleep(0)
+            silent.accept()[0].close()
+            connection, _ = silent.accept()
+            connection.sendall(lines._FRAME.pack(2**60, 0, 2))
+            odd = await asyncio.wait_for(asyncio.gather(one, return_exceptions=True), 2)
+            connection.close()
+            return ended, odd[0]
+
+        with asyncio.Runner(loop_factory=loop) as runner:
+            ended, odd = runner.run(act())
+    assert [type(error) for error in ended] == [Lost] * 5
+    assert isinstance(odd, Lost)
+
+
+def test_both_ends_notice_when_the_other_node_is_gone() -> None:
+    with listening(lambda message: message) as made:
+
+        async def act(line: Line) -> None:
+            await line.ask(b"x")
+            assert line._transport is not None
+            ours = line._transport.get_extra_info("socket")
+            (theirs,) = (caller.connection for caller in made._callers)
+            for end in (ours, theirs):
+                assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+
+        asking(made.place, act)
+        assert "secret" not in repr(made.place)
 
 
 def test_those_who_wait_hear_of_it_when_the_other_side_goes() -> None:

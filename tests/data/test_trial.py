@@ -16,6 +16,7 @@ from pipelines.features.served import Status
 from pipelines.features.state import StateError
 from pipelines.training.artifact import Prediction
 from serving.answers import Other, Prepared
+from serving.line import Busy
 from serving.routing import place
 from serving.trial import Trial
 from serving.way import Allowed
@@ -314,3 +315,15 @@ def test_a_kind_of_failure_is_told_once(caplog):
     told = [entry.getMessage() for entry in caplog.records if "ZeroDivisionError" in entry.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("version 2 failed: ")
+
+
+def test_one_that_could_not_be_asked_is_harm_and_no_evidence_of_errors():
+    async def busy(rows):
+        raise Busy("96 requests wait already")
+
+    one, tally = trial(busy)
+    assigned, chosen = request(one, 20)
+    assert not chosen.taken.any()
+    report = tally.report()
+    assert report is not None
+    assert (report.harmed, report.accidents, report.errors) == (assigned.sum(), 1, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from typing import Any
 
@@ -15,8 +16,11 @@ from pipelines.contracts.events import INSTANT, contract_schema
 from pipelines.spec import Contract, Field, FieldType
 from tests.data import contract_oracle as oracle
 
+EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
+"""Contracts, each with up to eight records; ``EXAMPLES=10000`` for a long look."""
 
-@settings(max_examples=150, deadline=None)
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data())
 def test_both_engines_break_the_same_rules_as_the_oracle(data: st.DataObject) -> None:
     contract = data.draw(oracle.contracts())

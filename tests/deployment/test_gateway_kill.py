@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -110,3 +111,38 @@ def test_sigkill_of_the_gateway_loses_and_doubles_no_acknowledged_event(demo, tm
         assert values == expected
     rebuilt.close()
     empty.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_request_of_a_thousand_instances_outlives_the_gateway_that_had_it(demo):
+    """Its body does not fit the buffer from which the proxy sends a request again, as that is by default."""
+    instances = [
+        {"district": f"dma_{i % 10}", "temperature": 15.0, "rain": 0.0, "holiday": False} for i in range(1_000)
+    ]
+    assert len(json.dumps(instances)) > 4 * 16_384
+    answered, failures, stop = [0], [], threading.Event()
+
+    def ask() -> None:
+        try:
+            with demo.client(retries=0, timeout_s=20) as client:
+                while not stop.is_set():
+                    assert len(client.predict(instances)) == 1_000
+                    answered[0] += 1
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    callers = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in callers:
+        thread.start()
+    try:
+        for kill in range(1, KILLS + 1):
+            until(lambda: answered[0] >= 10 * kill or bool(failures), "requests are answered", 60)  # noqa: B023
+            os.kill(_replicas(demo)[0], signal.SIGKILL)
+            until(lambda: len(_replicas(demo)) == 2, "the gateway is replaced", 60)
+    finally:
+        stop.set()
+        for thread in callers:
+            thread.join(timeout=60)
+    assert not failures
+    assert answered[0] >= 10 * KILLS

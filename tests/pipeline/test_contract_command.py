@@ -76,7 +76,9 @@ def test_show_writes_what_diff_reads_as_the_same(settings, tmp_path, capsys) -> 
     path.write_text(capsys.readouterr().out)
     assert command.read_contract(str(path)) == AQUA.contract
     assert tidegate(["contract", "diff", str(path), "aqua"]) == 0
-    assert capsys.readouterr().out == f"0 changes: after 1.0.0 comes at least 1.0.0; it is {AQUA.contract.version}\n"
+    version = AQUA.contract.version
+    told = f"0 changes: after {version} comes at least {version}; it is {version}\n"
+    assert capsys.readouterr().out == told
 
 
 def test_diff_names_changes_views_and_versions(settings, tmp_path, capsys) -> None:
@@ -86,7 +88,7 @@ def test_diff_names_changes_views_and_versions(settings, tmp_path, capsys) -> No
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("owner changed (others → ")
     assert said[1].startswith("inflow: maximum lowered (900.0 → ")
-    assert said[2] == "2 changes: after 1.0.0 comes at least 2.0.0; it is 1.0.0"
+    assert said[2] == "2 changes: after 1.1.0 comes at least 2.0.0; it is 1.1.0"
     (view,) = said[3:]
     assert f"model versions {version}: inflow → inflow_last_1d" in view
     assert view.endswith("target inflow")
@@ -97,7 +99,7 @@ def test_check_fails_without_a_major_version_and_where_it_breaks_the_champion(se
     version = champion(settings, tmp_path / "artifact", before)
     assert tidegate(["contract", "check", "aqua"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "version 1.0.0 must be at least 2.0.0, for 1 changes:"
+    assert said[0] == "version 1.1.0 must be at least 2.0.0, for 1 changes:"
     assert said[1].startswith("  inflow: maximum lowered")
     assert said[2].startswith(f"it would break the champion, version {version}: inflow → ")
     unused = write(tmp_path / "unused.json", owner="others", version="0.9.0")
@@ -138,7 +140,7 @@ def test_help_and_what_is_away_are_told_in_a_line(settings, monkeypatch, capsys)
 def test_a_change_of_words_needs_a_patch(settings, tmp_path, capsys) -> None:
     old = write(tmp_path / "old.json", owner="others")
     assert tidegate(["contract", "check", "aqua", "--against", old]) == 1
-    assert "must be at least 1.0.1" in capsys.readouterr().out
+    assert "must be at least 1.1.1" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_said(settings, tmp_path, capsys) -> None:
