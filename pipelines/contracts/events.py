@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipelines.spec import Contract, FieldType
+from pipelines.spec import Contract, Field, FieldType
 from pipelines.spec.base import microseconds
 
 EVENT_ID = "_event_id"
@@ -35,6 +36,14 @@ _ARROW = {
     FieldType.BOOLEAN: pa.bool_(),
     FieldType.TIMESTAMP: INSTANT,
 }
+
+
+def arrow_type(field: Field) -> pa.DataType:
+    """The Arrow type of a field's column."""
+    if field.type is FieldType.DECIMAL:
+        return pa.decimal128(field.precision or 38, field.scale or 0)
+    return _ARROW[field.type]
+
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -54,7 +63,7 @@ def contract_schema(contract: Contract) -> pa.Schema:
     """The Arrow schema of the contract's own fields. A field's unit is kept in its metadata."""
     return pa.schema(
         [
-            pa.field(f.name, _ARROW[f.type], nullable=True, metadata={"unit": f.unit} if f.unit else None)
+            pa.field(f.name, arrow_type(f), nullable=True, metadata={"unit": f.unit} if f.unit else None)
             for f in contract.fields
         ]
     )
@@ -103,10 +112,11 @@ def encoder(contract: Contract) -> Callable[[Mapping[str, Any]], tuple[str, byte
     The id is the key fields joined by ``|``; a ``|`` or backslash inside a string is escaped by a backslash, so
     different keys never share an id. The identity is that of ``log_identities``. The form is a JSON array of the id and
     the fields in contract order; the contract's version is kept by the log's stream name. Timestamps are microseconds
-    since the epoch in both.
+    since the epoch in both, and decimals are text.
     """
     names = [field.name for field in contract.fields]
     instants = [place for place, field in enumerate(contract.fields) if field.type is FieldType.TIMESTAMP]
+    decimals = [place for place, field in enumerate(contract.fields) if field.type is FieldType.DECIMAL]
     key = [names.index(name) for name in contract.key]
     time = names.index(contract.time) if contract.time in contract.key else None
 
@@ -116,6 +126,9 @@ def encoder(contract: Contract) -> Callable[[Mapping[str, Any]], tuple[str, byte
             moment = values[place]
             if moment is not None:
                 values[place] = to_microseconds(moment)
+        for place in decimals:
+            if values[place] is not None:
+                values[place] = str(values[place])
         found = "|".join([_text(values[place]) for place in key])
         return found, _log_identity(found, None if time is None else values[time]), orjson.dumps([found, *values])
 
@@ -208,8 +221,10 @@ def decode_events(
     for field, found in zip(contract.fields, values, strict=True):
         if field.type is FieldType.TIMESTAMP:
             columns.append(pa.array(found, pa.int64()).cast(INSTANT))
+        elif field.type is FieldType.DECIMAL:
+            columns.append(pa.array([None if v is None else Decimal(v) for v in found], arrow_type(field)))
         else:
-            columns.append(pa.array(found, _ARROW[field.type]))
+            columns.append(pa.array(found, arrow_type(field)))
     entities = columns[[f.name for f in contract.fields].index(contract.entity)]
     columns += [
         pa.array(ids, pa.string()),

@@ -35,6 +35,9 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "type_widened": (_R, "numbers may have a fraction now"),
     "type_narrowed": (_W, "numbers with a fraction are refused"),
     "type_changed": (_B, "old rows are refused, and new ones are of another type"),
+    "precision_raised": (_R, "numbers with more digits come now"),
+    "precision_lowered": (_W, "numbers with more digits are refused"),
+    "scale_changed": (_B, "numbers have other digits behind the point, and fewer or more before it"),
     "null_allowed": (_R, "values may be missing now"),
     "null_forbidden": (_W, "rows without a value are refused"),
     "minimum_added": (_W, "smaller values are refused"),
@@ -205,6 +208,11 @@ def _of_field(old: Field, new: Field, *, identifies: bool) -> Iterator[Change]:
         }
         kind = "type_changed" if identifies else kinds.get((old.type, new.type), "type_changed")
         yield Change(kind, name, old.type, new.type)
+    elif old.scale != new.scale:
+        yield Change("scale_changed", name, old.scale, new.scale)
+    elif old.precision is not None and new.precision is not None and old.precision != new.precision:
+        kind = "precision_raised" if new.precision > old.precision else "precision_lowered"
+        yield Change(kind, name, old.precision, new.precision)
     if old.nullable != new.nullable:
         yield Change("null_allowed" if new.nullable else "null_forbidden", name, None, None)
     for limit, changes in _LIMITS.items():

@@ -7,6 +7,7 @@ from. A document from elsewhere needs the roles of its columns besides, and is r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,9 +44,11 @@ _LOGICAL = {
     FieldType.FLOAT: "number",
     FieldType.INTEGER: "integer",
     FieldType.BOOLEAN: "boolean",
+    FieldType.DECIMAL: "number",
     FieldType.TIMESTAMP: "timestamp",
 }
-_TYPES = {logical: kind for kind, logical in _LOGICAL.items()}
+_TYPES = {logical: kind for kind, logical in _LOGICAL.items() if kind is not FieldType.DECIMAL}
+_DECIMAL = re.compile(r"(?i:decimal|numeric)\s*\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\)")
 _OPTIONS = {
     "minimum": "minimum",
     "maximum": "maximum",
@@ -158,7 +161,7 @@ def _of_field(contract: Contract, field: Field) -> SchemaProperty:
     return SchemaProperty(
         name=field.name,
         logicalType=_LOGICAL[field.type],
-        physicalType=field.type.value,
+        physicalType=f"decimal({field.precision},{field.scale})" if field.precision else field.type.value,
         required=None if field.nullable else True,
         primaryKey=True if field.name in contract.key else None,
         primaryKeyPosition=contract.key.index(field.name) + 1 if field.name in contract.key else None,
@@ -171,11 +174,15 @@ def _of_field(contract: Contract, field: Field) -> SchemaProperty:
 
 
 def _to_field(column: SchemaProperty) -> Field:
-    kind = _TYPES.get(column.logicalType or "")
+    kind: FieldType | None = _TYPES.get(column.logicalType or "")
     if kind is None:
         raise NotReadable(
             f"column {column.name!r} is of logical type {column.logicalType!r}, and a contract has {', '.join(_TYPES)}"
         )
+    digits = _DECIMAL.fullmatch(column.physicalType or "") if kind is FieldType.FLOAT else None
+    exact: dict[str, Any] = {}
+    if digits is not None:
+        kind, exact = FieldType.DECIMAL, {"precision": int(digits[1]), "scale": int(digits[2] or 0)}
     options = column.logicalTypeOptions or {}
     if unknown := set(options) - {*_OPTIONS.values(), "timezone", "format"}:
         raise NotReadable(f"column {column.name!r} has options that are not enforced here: {sorted(unknown)}")
@@ -187,11 +194,19 @@ def _to_field(column: SchemaProperty) -> Field:
         type=kind,
         nullable=not column.required,
         allowed=_allowed(column),
-        example=str(examples[0]) if examples and kind is FieldType.STRING else None,
+        example=_example(kind, examples),
         description=column.description or "",
+        **exact,
         **limits,
         **own,
     )
+
+
+def _example(kind: FieldType, examples: list[Any]) -> str | float | None:
+    """The first one, if a contract's field of that type has any."""
+    if not examples or kind not in (FieldType.STRING, FieldType.FLOAT, FieldType.INTEGER):
+        return None
+    return str(examples[0]) if kind is FieldType.STRING else float(examples[0])
 
 
 def _allowed(column: SchemaProperty) -> tuple[str, ...] | None:

@@ -97,7 +97,7 @@ def _plots(contract: Contract, table: pa.Table) -> str:
         if field.name == contract.time:
             values = table.column(field.name).cast(pa.int64()).to_numpy() / 1e6
             drawn.append(_histogram(field, values.astype("datetime64[s]").astype(object)))
-        elif field.type in (FieldType.FLOAT, FieldType.INTEGER):
+        elif field.type in (FieldType.FLOAT, FieldType.INTEGER, FieldType.DECIMAL):
             values = table.column(field.name).cast(pa.float64(), safe=False).drop_null().to_numpy()
             if len(values):
                 drawn.append(_histogram(field, values))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contracts import rules
-from pipelines.contracts.events import INSTANT, contract_schema, to_microseconds
+from pipelines.contracts.events import INSTANT, arrow_type, contract_schema, to_microseconds
 from pipelines.spec import Contract, Field, FieldType
 
 _FLOAT_TEXT = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:nan|inf|infinity))"
@@ -23,6 +24,7 @@ _TEXT: dict[FieldType, tuple[str, Callable[[str], Any]]] = {
     FieldType.FLOAT: (_FLOAT_TEXT, float),
     FieldType.INTEGER: (r"-?[0-9]+", lambda text: int(text) if len(text) < 1000 else None),
     FieldType.BOOLEAN: (r"(?i:true|false)|[01]", lambda text: text.lower() in ("true", "1")),
+    FieldType.DECIMAL: (rules.DECIMAL_TEXT, str),
     FieldType.TIMESTAMP: (rules.INSTANT_TEXT, rules.instant),
 }
 _KINDS: dict[FieldType, set[type]] = {
@@ -30,6 +32,7 @@ _KINDS: dict[FieldType, set[type]] = {
     FieldType.FLOAT: {float},
     FieldType.INTEGER: {int},
     FieldType.BOOLEAN: {bool},
+    FieldType.DECIMAL: set(),
     FieldType.TIMESTAMP: set(),
 }
 
@@ -65,7 +68,8 @@ class Parsed:
 def from_arrow(contract: Contract, table: pa.Table) -> Parsed:
     """Reads typed columns: any width of integer or float, decimals for floats, timestamps with a zone.
 
-    Strings are read as instants where the contract wants one, never as numbers. A column of another type
+    Strings are read as instants or decimals where the contract wants one, never as other numbers; no float is a
+    decimal. A column of another type
     breaks ``type`` in every row that is not null. A field whose metadata names another unit than the contract
     breaks ``unit`` in every row, an extra column ``unknown``.
     """
@@ -142,7 +146,7 @@ def _assemble(
         malformed=malformed,
         broken=tuple(broken),
         unreadable=None,
-        raw=lambda places: _table_rows(table, places),
+        raw=lambda places: _table_rows(contract, table, places),
     )
 
 
@@ -166,7 +170,7 @@ def _typed(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     whole = pa.types.is_integer(kind)
     if pa.types.is_null(kind):
-        return pa.nulls(len(column), _arrow(field)), None
+        return pa.nulls(len(column), arrow_type(field)), None
     if field.type is FieldType.STRING and text:
         return column.cast(pa.string()), None
     if field.type is FieldType.FLOAT and (whole or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
@@ -177,11 +181,13 @@ def _typed(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]
         return _keep(column, pc.less_equal(column, pa.scalar(rules.INT64_MAX, pa.uint64())), pa.int64())
     if field.type is FieldType.BOOLEAN and pa.types.is_boolean(kind):
         return column, None
-    if field.type is FieldType.TIMESTAMP and text:
+    if field.type in (FieldType.TIMESTAMP, FieldType.DECIMAL) and text:
         return _text(field, column.cast(pa.string()))
+    if field.type is FieldType.DECIMAL and (whole or pa.types.is_decimal(kind)):
+        return _values(field, column.to_pylist())
     if field.type is FieldType.TIMESTAMP and pa.types.is_timestamp(kind) and kind.tz is not None:
         return _instants(column)
-    return pa.nulls(len(column), _arrow(field)), _mask(column.is_valid())
+    return pa.nulls(len(column), arrow_type(field)), _mask(column.is_valid())
 
 
 def _instants(column: pa.TimestampArray) -> tuple[pa.Array, np.ndarray | None]:
@@ -204,7 +210,9 @@ def _text(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
     pattern, parse = _TEXT[field.type]
     fits = pc.match_substring_regex(column, rf"\A(?:{pattern})\z")
     try:
-        return _keep(column, fits, _arrow(field), instants=field.type is FieldType.TIMESTAMP)
+        if field.type is FieldType.DECIMAL:  # Arrow rounds what does not fit
+            raise pa.ArrowInvalid
+        return _keep(column, fits, arrow_type(field), instants=field.type is FieldType.TIMESTAMP)
     except pa.ArrowInvalid:  # text of the right shape that is no value (30 February, 20 digits): one by one
         values = [parse(v) if ok else None for v, ok in zip(column.to_pylist(), fits.to_pylist(), strict=True)]
         typed, _ = _values(field, values)
@@ -233,11 +241,11 @@ def _values(field: Field, values: list[Any]) -> tuple[pa.Array, np.ndarray | Non
     kinds.discard(type(None))
     if kinds <= _KINDS[field.type]:
         try:
-            return pa.array(values, _arrow(field)), None
+            return pa.array(values, arrow_type(field)), None
         except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):
             pass  # a huge integer or a lone surrogate: find out which below
-    convert = _CONVERT[field.type]
-    typed = [None if value is None else convert(value) for value in values]
+    convert = partial(rules.decimal, field) if field.type is FieldType.DECIMAL else _CONVERT[field.type]
+    typed: list[Any] = [None if value is None else convert(value) for value in values]
     bad = np.fromiter(
         (t is None and v is not None for t, v in zip(typed, values, strict=True)),
         dtype=bool,
@@ -246,7 +254,7 @@ def _values(field: Field, values: list[Any]) -> tuple[pa.Array, np.ndarray | Non
     if field.type is FieldType.TIMESTAMP:
         moments = [None if t is None else to_microseconds(t) for t in typed]
         return pa.array(moments, pa.int64()).cast(INSTANT), bad
-    return pa.array(typed, _arrow(field)), bad
+    return pa.array(typed, arrow_type(field)), bad
 
 
 def _to_float(value: Any) -> float | None:
@@ -272,16 +280,6 @@ _CONVERT: dict[FieldType, Callable[[Any], Any]] = {
 }
 
 
-def _arrow(field: Field) -> pa.DataType:
-    return {
-        FieldType.STRING: pa.string(),
-        FieldType.FLOAT: pa.float64(),
-        FieldType.INTEGER: pa.int64(),
-        FieldType.BOOLEAN: pa.bool_(),
-        FieldType.TIMESTAMP: INSTANT,
-    }[field.type]
-
-
 def _other_unit(field: Field, given: pa.Field) -> bool:
     declared = (given.metadata or {}).get(b"unit")
     return declared is not None and field.unit is not None and declared != field.unit.encode()
@@ -296,15 +294,16 @@ def _mask(values: pa.BooleanArray) -> np.ndarray:
     return mask
 
 
-def _table_rows(table: pa.Table, places: np.ndarray) -> list[str]:
+def _table_rows(contract: Contract, table: pa.Table, places: np.ndarray) -> list[str]:
+    exact = {field.name for field in contract.fields if field.type is FieldType.DECIMAL}
     taken = table.take(pa.array(places, pa.int64()))
     shown = []
-    for column in taken.columns:
+    for name, column in zip(taken.column_names, taken.columns, strict=True):
         if pa.types.is_timestamp(column.type) and column.type.tz is not None:
             column = column.cast(pa.timestamp(column.type.unit, "UTC"))  # text with another offset is none of RFC 3339
         if pa.types.is_temporal(column.type):  # as text: Python cannot hold every moment that Arrow can
             column = column.cast(pa.string())
-        elif pa.types.is_decimal(column.type):  # as the number that it is read as
+        elif pa.types.is_decimal(column.type) and name not in exact:  # as the number that it is read as
             column = column.cast(pa.float64(), safe=False)
         shown.append(column.to_pylist())
     names = taken.column_names

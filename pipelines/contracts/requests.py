@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated, Any, NotRequired, cast
 
 from pydantic import (
@@ -118,20 +119,19 @@ def check_record(
     except ValidationError as error:
         return None, _problems(model, record, now_us, error)
     time = typed.get(model.contract.time)
-    if time is not None and (late := _future(model, time, now_us)):
-        return None, [late]
+    late = None if time is None else _future(model, time, now_us)
     if len(typed) < len(model.fields):
         typed = {f.name: typed.get(f.name) for f in model.fields}
+    broken = _between(model, typed) if model.between else []
+    hard = [_broken_between(rule) for rule in broken if rule.severity is not Severity.WARN]
+    if late or hard:
+        return None, [late, *hard] if late else hard
     warnings: list[Problem] = []
     if model.advisory:
         warnings = [
             _problem(field, kind, typed[field.name]) for field in model.advisory for kind in _warned(field, typed)
         ]
-    if model.between:
-        found = _between(model, typed)
-        if any(rule.severity is not Severity.WARN for rule in found):
-            return None, [_broken_between(rule) for rule in found if rule.severity is not Severity.WARN]
-        warnings += map(_broken_between, found)
+    warnings += map(_broken_between, broken)
     return typed, warnings
 
 
@@ -142,6 +142,11 @@ def _example(field: Field) -> Any:
         return "2000-01-01T00:00:00Z"
     if field.type is FieldType.BOOLEAN:
         return False
+    if field.type is FieldType.DECIMAL:
+        smallest, largest = rules.decimal_bounds(field)
+        return str(max(smallest, Decimal(0)) if smallest is not None else min(largest or Decimal(0), Decimal(0)))
+    if field.example is not None:
+        return int(field.example) if field.type is FieldType.INTEGER else field.example
     low, high = rules.bounds(field)
     number = max(1 if high is None else min(1, high), 1 if low is None else low)
     return number if field.type is FieldType.INTEGER else float(number)
@@ -159,6 +164,9 @@ def _annotation(field: Field) -> Any:
         kind = Annotated[StrictInt, PydanticField(ge=low, le=high)]
     elif field.type is FieldType.BOOLEAN:
         kind = StrictBool
+    elif field.type is FieldType.DECIMAL:
+        spelt = {"anyOf": [{"type": "string", "pattern": f"^{rules.DECIMAL_TEXT}$"}, {"type": "integer"}]}
+        kind = Annotated[Any, PlainValidator(_decimal(field)), WithJsonSchema(spelt)]
     elif field.type is FieldType.TIMESTAMP:
         kind = Annotated[datetime, PlainValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})]
     else:
@@ -182,6 +190,21 @@ def _instant(value: Any) -> datetime:
     return moment
 
 
+def _decimal(field: Field) -> Callable[[Any], Decimal]:
+    limits = _limits(field)
+
+    def read(value: Any) -> Decimal:
+        found = rules.decimal(field, value)
+        if found is None:
+            raise _broken(rules.TYPE)
+        broken = [kind for kind, breaks in limits if breaks(found)]
+        if broken:
+            raise _broken(*broken)
+        return found
+
+    return read
+
+
 def _string_rules(field: Field) -> Callable[[str], str]:
     limits = _limits(field)
 
@@ -198,7 +221,7 @@ def _string_rules(field: Field) -> Callable[[str], str]:
 
 def _limits(field: Field) -> list[tuple[str, Callable[[Any], bool]]]:
     """What tells, by rule, whether a typed value breaks a limit."""
-    low, high = rules.bounds(field)
+    low, high = rules.decimal_bounds(field) if field.type is FieldType.DECIMAL else rules.bounds(field)
     shortest, longest, allowed = field.min_length or 0, field.max_length or 0, frozenset(field.allowed or ())
     matches = re.compile(field.pattern or "").fullmatch
     limits: tuple[tuple[str, Any, Callable[[Any], bool]], ...] = (
@@ -316,6 +339,7 @@ _WANTED = {
     FieldType.FLOAT: "a number",
     FieldType.INTEGER: "a whole number of 64 bits",
     FieldType.BOOLEAN: "true or false",
+    FieldType.DECIMAL: "a decimal as text, with no more digits than the field has, such as -12.50",
     FieldType.TIMESTAMP: "an RFC 3339 instant with a zone, to the microsecond, such as 2026-01-31T06:00:00Z",
 }
 

@@ -94,6 +94,8 @@ def _field_rules(
         return
     if field.type in (FieldType.FLOAT, FieldType.INTEGER):
         yield from _number_rules(field, column)
+    elif field.type is FieldType.DECIMAL:
+        yield from _decimal_rules(field, column)
     elif field.type is FieldType.STRING:
         yield from _string_rules(field, column)
     elif field.name == contract.time:
@@ -124,6 +126,17 @@ def _number_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndar
         yield rules.MINIMUM, judged & (values < low)
     if high is not None:
         yield rules.MAXIMUM, judged & (values > high)
+
+
+def _decimal_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
+    wide = pa.decimal256(76, field.scale or 0)  # a limit may be a step outside of what the column can hold
+    low, high = rules.decimal_bounds(field)
+    for rule, limit, breaks in ((rules.MINIMUM, low, pc.less), (rules.MAXIMUM, high, pc.greater)):
+        if limit is not None:
+            yield (
+                rule,
+                breaks(column.cast(wide), pa.scalar(limit, wide)).fill_null(False).to_numpy(zero_copy_only=False),
+            )
 
 
 def _string_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, Inexact, InvalidOperation
 from typing import Any
 
 from pipelines.contracts.events import to_microseconds
@@ -30,6 +31,11 @@ LOAD_REFUSED = "load.refused"
 BETWEEN = "rule:"  # before the name of a rule between fields; no field can be named like that
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+DECIMAL_TEXT = r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?"
+_DECIMAL = re.compile(DECIMAL_TEXT)
+_EXACT = Context(prec=38, traps=[InvalidOperation, Inexact])
+_WIDE = Context(prec=400)
 
 # RFC 3339 with a zone, at most microseconds, of years from 1000 on, in its zone and in UTC, so that what is kept can
 # be spelt again (Python and Arrow disagree about year 0).
@@ -131,6 +137,41 @@ def bounds(field: Field) -> tuple[float | int | None, float | int | None]:
         None if low is None else _clamp(low, math.ceil),
         None if high is None else _clamp(high, math.floor),
     )
+
+
+def decimal(field: Field, value: Any) -> Decimal | None:
+    """The field's decimal of an integer, a decimal, or text such as ``-12.50``; None for what is none, or does not fit.
+
+    It has the field's scale. A float is none: which decimal it stands for is not known.
+    """
+    if isinstance(value, str):
+        if _DECIMAL.fullmatch(value) is None:
+            return None
+    elif isinstance(value, bool) or not isinstance(value, int | Decimal):
+        return None
+    try:
+        exact = Decimal(value)
+        if not exact.is_finite():
+            return None
+        found = _EXACT.quantize(exact, Decimal(1).scaleb(-(field.scale or 0)))
+        digits = (field.precision or 38) - (field.scale or 0)
+        return None if abs(found) >= Decimal(10) ** digits else found if found else abs(found)  # there is one zero
+    except (InvalidOperation, Inexact, ValueError):  # other digits than the field has, or too many to be read at all
+        return None
+
+
+def decimal_bounds(field: Field) -> tuple[Decimal | None, Decimal | None]:
+    """Inclusive limits as decimals of the field's type, so that they are compared exactly."""
+    scale, most = field.scale or 0, 10 ** (field.precision or 38) - 1
+
+    def of(limit: float | None, rounding: str) -> Decimal | None:
+        if limit is None:
+            return None
+        # Beyond its digits every decimal is on one side; one step outside says the same, and is compared as well.
+        unscaled = int(Decimal(str(limit)).scaleb(scale, _WIDE).to_integral_value(rounding))
+        return Decimal(max(-most - 1, min(most + 1, unscaled))).scaleb(-scale, _WIDE)
+
+    return of(field.minimum, ROUND_CEILING), of(field.maximum, ROUND_FLOOR)
 
 
 def _clamp(limit: float, rounded: Callable[[float], int]) -> int:

@@ -28,7 +28,13 @@ Kind = Literal["parquet", "csv", "jsonl"]
 _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl"}
 _SPLIT_ROWS = 1_000_000
 _BATCH_ROWS = 131_072
-_LATER, _LATER_OF_FIELDS = ("rules", "load_rules"), ("min_length", "max_length", "warn", "refuse")
+_LATER, _LATER_OF_FIELDS = (
+    ("rules", "load_rules"),
+    (
+        *("min_length", "max_length", "precision", "scale"),
+        *("warn", "refuse"),
+    ),
+)
 _BLOCK_BYTES = 8 << 20
 
 

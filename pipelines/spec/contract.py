@@ -20,15 +20,17 @@ _NAME = r"^[a-z][a-z0-9_]*$"
 
 
 class FieldType(StrEnum):
-    """The types a field may have. A timestamp is an instant: it always carries a zone."""
+    """The types a field may have. A timestamp is an instant: it always carries a zone. A decimal is an exact number."""
 
     STRING = "string"
     FLOAT = "float64"
     INTEGER = "int64"
     BOOLEAN = "bool"
+    DECIMAL = "decimal"
     TIMESTAMP = "timestamp"
 
 
+_PLAIN = (FieldType.FLOAT, FieldType.INTEGER)
 Limit = Literal["minimum", "maximum", "min_length", "max_length", "pattern", "allowed"]
 RowRule = Literal["missing", "type", "finite", "unit", Limit]
 
@@ -36,6 +38,7 @@ RowRule = Literal["missing", "type", "finite", "unit", Limit]
 class Field(Spec):
     """One column. A null is allowed only where ``nullable``; every other limit ignores nulls.
 
+    A decimal has at most ``precision`` digits, of which ``scale`` are behind the point.
     ``minimum`` and ``maximum`` are inclusive, in ``unit``; so are ``min_length`` and ``max_length``, in code points.
     ``pattern`` must match the whole string; an ``example`` is shown to those who call the API. The limits named by
     ``warn`` refuse no row, and what breaks a rule named by ``refuse`` has its whole load refused; see ``Severity``.
@@ -44,13 +47,15 @@ class Field(Spec):
     name: str = PydanticField(pattern=_NAME)
     type: FieldType
     nullable: bool = False
+    precision: int | None = PydanticField(default=None, ge=1, le=38)
+    scale: int | None = PydanticField(default=None, ge=0, le=38)
     minimum: float | None = None
     maximum: float | None = None
     min_length: int | None = PydanticField(default=None, ge=0)
     max_length: int | None = PydanticField(default=None, ge=0)
     pattern: str | None = None
     allowed: tuple[str, ...] | None = None
-    example: str | None = None
+    example: str | float | None = None
     unit: str | None = None
     description: str = ""
     warn: tuple[Limit, ...] = ()
@@ -64,12 +69,22 @@ class Field(Spec):
 
     @model_validator(mode="after")
     def _limits_fit_the_type(self) -> Self:
-        numeric = self.type in (FieldType.FLOAT, FieldType.INTEGER)
+        numeric = self.type in (FieldType.FLOAT, FieldType.INTEGER, FieldType.DECIMAL)
+        if self.type is FieldType.DECIMAL:
+            if self.precision is None or self.scale is None or self.scale > self.precision:
+                raise ValueError(f"field {self.name!r}: a decimal needs a precision, and a scale that is not above it")
+            if any(limit is not None and not math.isfinite(limit) for limit in (self.minimum, self.maximum)):
+                raise ValueError(f"field {self.name!r}: a decimal is finite anyway: leave infinite limits out")
+        elif (self.precision, self.scale) != (None, None):
+            raise ValueError(f"field {self.name!r}: precision and scale are those of a decimal, not of {self.type}")
         if not numeric and (self.minimum is not None or self.maximum is not None):
             raise ValueError(f"field {self.name!r}: minimum and maximum need a number, not {self.type}")
-        texts = ("min_length", "max_length", "pattern", "allowed", "example")
+        texts = ("min_length", "max_length", "pattern", "allowed")
         if self.type is not FieldType.STRING and any(getattr(self, name) is not None for name in texts):
             raise ValueError(f"field {self.name!r}: {', '.join(texts)} need a string, not {self.type}")
+        wanted = str if self.type is FieldType.STRING else float if self.type in _PLAIN else type(None)
+        if self.example is not None and not isinstance(self.example, wanted):
+            raise ValueError(f"field {self.name!r}: its type, {self.type}, has no example such as {self.example!r}")
         if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
             raise ValueError(f"field {self.name!r}: min_length {self.min_length} exceeds {self.max_length}")
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
@@ -79,7 +94,7 @@ class Field(Spec):
                 re.compile(self.pattern)
             except re.error as error:
                 raise ValueError(f"field {self.name!r}: pattern {self.pattern!r} is not valid: {error}") from error
-            if self.example is not None and re.fullmatch(self.pattern, self.example) is None:
+            if isinstance(self.example, str) and re.fullmatch(self.pattern, self.example) is None:
                 raise ValueError(f"field {self.name!r}: the example {self.example!r} does not match {self.pattern!r}")
         for name in self.warn:
             if getattr(self, name) is None:
@@ -107,6 +122,7 @@ _KINDS = {
     FieldType.FLOAT: Kind.NUMBER,
     FieldType.INTEGER: Kind.NUMBER,
     FieldType.BOOLEAN: Kind.TRUTH,
+    FieldType.DECIMAL: Kind.EXACT,
     FieldType.TIMESTAMP: Kind.INSTANT,
 }
 
@@ -148,6 +164,8 @@ class Contract(Spec):
                 raise ValueError(f"contract {self.name!r}: {role} {name!r} is not one of its fields {names}")
             if self.field(name).nullable:
                 raise ValueError(f"contract {self.name!r}: {role} field {name!r} must not be nullable")
+            if self.field(name).type is FieldType.DECIMAL:
+                raise ValueError(f"contract {self.name!r}: {role} field {name!r} must be no decimal: write it as text")
         if not self.key:
             raise ValueError(f"contract {self.name!r} needs a key: the fields that identify an event")
         if self.field(self.time).type is not FieldType.TIMESTAMP:

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     NUMBER = "a number"
     TEXT = "text"
     INSTANT = "an instant"
+    EXACT = "a decimal"
     TRUTH = "true or false"
 
 
@@ -210,6 +211,8 @@ class _Reader:
         other = self.read(right)
         if one.kind is not other.kind:
             raise self.error(node, f"compares {one.kind} with {other.kind}")
+        if one.kind is Kind.EXACT:
+            raise self.error(node, "compares decimals: of these a rule can only say `is None` or `is not None`")
         if one.kind in (Kind.TRUTH, Kind.TEXT) and not isinstance(operator, ast.Eq | ast.NotEq):
             raise self.error(node, f"orders {one.kind}: such values can only be equal or not")
         return Compared(_COMPARED[type(operator)], one, other)

@@ -101,7 +101,7 @@ class UseCase(EventSource):
         for dimension in view.dimensions:
             self._dimension_fits(dimension, view)
         for name in view.inputs:
-            if self.contract.field(name).type is FieldType.TIMESTAMP:
+            if self.contract.field(name).type not in _COUNTABLE:
                 raise ValueError(f"use case {self.name!r}: input {name!r} must be a number or a string")
         if self.contract.entity in view.inputs:
             raise ValueError(f"use case {self.name!r}: the entity {self.contract.entity!r} is given anyway")

@@ -49,7 +49,7 @@ CONTRACT = Contract(
         Field(name="time", type=FieldType.TIMESTAMP, description="start of the hour"),
         Field(name="inflow", type=FieldType.FLOAT, nullable=True, minimum=0, maximum=300, unit="L/s"),
         Field(name="temperature", type=FieldType.FLOAT, minimum=-40, maximum=55, unit="degC"),
-        Field(name="rain", type=FieldType.FLOAT, minimum=0, maximum=200, unit="mm"),
+        Field(name="rain", type=FieldType.FLOAT, minimum=0, maximum=200, unit="mm", example=0.0),
         Field(name="humidity", type=FieldType.FLOAT, nullable=True, minimum=0, maximum=100, unit="%"),
         Field(name="windspeed", type=FieldType.FLOAT, nullable=True, minimum=0, maximum=250, unit="km/h"),
         Field(name="holiday", type=FieldType.BOOLEAN),

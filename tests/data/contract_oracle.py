@@ -6,6 +6,7 @@ import ast
 import math
 import re
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ def typed(field: Field, value: Any) -> Any:
         return value if isinstance(value, str) and not re.search("[\ud800-\udfff]", value) else None
     if field.type is FieldType.BOOLEAN:
         return value if value is True or value is False else None
+    if field.type is FieldType.DECIMAL:
+        return exact(field, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if field.type is FieldType.INTEGER:
@@ -62,6 +65,22 @@ def typed(field: Field, value: Any) -> Any:
         return float(value)
     except OverflowError:
         return None
+
+
+def exact(field: Field, value: Any) -> Decimal | None:
+    """A decimal by its digits, written down by hand."""
+    if isinstance(value, Decimal):
+        value = format(value, "f") if value.is_finite() else None
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = str(value) if abs(value) < 10**60 else None
+    found = re.fullmatch(r"(-?)([0-9]{1,60})(?:\.([0-9]{1,60}))?", value) if isinstance(value, str) else None
+    if found is None:
+        return None
+    whole, behind = found[2].lstrip("0"), (found[3] or "").rstrip("0")
+    if len(behind) > field.scale or len(whole) > field.precision - field.scale:
+        return None
+    digits = f"{whole or '0'}.{behind.ljust(field.scale, '0')}".rstrip(".")
+    return Decimal(digits if not re.search("[1-9]", digits) else found[1] + digits)
 
 
 def field_rules(contract: Contract, field: Field, value: Any) -> list[str]:
@@ -73,9 +92,12 @@ def field_rules(contract: Contract, field: Field, value: Any) -> list[str]:
     if isinstance(value, float) and not math.isfinite(value):
         return ["finite"]
     broken = []
-    if field.minimum is not None and value < field.minimum:
+    low, high = field.minimum, field.maximum
+    if field.type is FieldType.DECIMAL:
+        low, high = (None if limit is None else Decimal(str(limit)) for limit in (low, high))
+    if low is not None and value < low:
         broken.append("minimum")
-    if field.maximum is not None and value > field.maximum:
+    if high is not None and value > high:
         broken.append("maximum")
     if field.min_length is not None and len(value) < field.min_length:
         broken.append("min_length")
@@ -214,6 +236,13 @@ _VALUES = {
     FieldType.FLOAT: _numbers,
     FieldType.INTEGER: _numbers,
     FieldType.BOOLEAN: st.booleans(),
+    FieldType.DECIMAL: st.one_of(
+        st.integers(-20, 20),
+        st.sampled_from(["1.5", "-0.25", "9.999", "10.00", "-0.0", "007", "1e3", "1.", ".5", "+1", " 1", "1.500", "٣"]),
+        st.sampled_from(["9" * 38, "9" * 39, "0" * 70, "1." + "0" * 59 + "1", "nan", "Infinity", "1_0"]),
+        st.decimals(-1000, 1000, places=2),
+        st.sampled_from([Decimal("NaN"), Decimal("1E+2"), Decimal("1E-2"), Decimal("1E+400"), Decimal("-0.00")]),
+    ),
     FieldType.TIMESTAMP: _times,
 }
 
@@ -225,7 +254,11 @@ def contracts(draw: st.DrawFn) -> Contract:
     for place in range(draw(st.integers(0, 4))):
         kind = draw(st.sampled_from(list(FieldType)))
         limits: dict[str, Any] = {}
-        if kind in (FieldType.FLOAT, FieldType.INTEGER):
+        digits = {}
+        if kind is FieldType.DECIMAL:
+            scale = draw(st.integers(0, 3))
+            digits = {"precision": scale + draw(st.integers(0 if scale else 1, 35)), "scale": scale}
+        if kind in (FieldType.FLOAT, FieldType.INTEGER, FieldType.DECIMAL):
             low, high = draw(st.sampled_from([None, 0.0, 0.5, -1e300, 2.0**63])), None
             high = draw(st.sampled_from([None, 10.0, 9.5, 1e300]))
             if low is not None and high is not None and low > high:
@@ -241,7 +274,7 @@ def contracts(draw: st.DrawFn) -> Contract:
         limits["warn"] = tuple(
             name for name, limit in limits.items() if limit is not None and draw(st.integers(0, 3)) == 0
         )
-        extra.append(Field(name=f"f{place}", type=kind, nullable=draw(st.booleans()), **limits))
+        extra.append(Field(name=f"f{place}", type=kind, nullable=draw(st.booleans()), **digits, **limits))
     fields = [Field(name="who", type=FieldType.STRING), Field(name="at", type=FieldType.TIMESTAMP), *extra]
     return Contract(
         name="generated",
@@ -317,6 +350,7 @@ def records(contract: Contract) -> st.SearchStrategy[Any]:
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 10, 11, -0.0, 0.5, 0.499, 9.5, 9.75, 10.0, 1.0, 10**400, -(10**400),
     2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**53 + 1, 2**1024 - 2**970, 2**1024 - 2**970 - 1,
+    Decimal("9.75"), Decimal("9.751"), Decimal("1E+2"), Decimal("NaN"), Decimal("-0"), "9.75", "-0.50", "10.000", "1e1",
     math.nan, math.inf, -math.inf, 1e308, 5e-324, "", "a", "b", "b2", "a1", "a\n", "A", "٣", "a٣", "é",
     "\ud800", "nan", "1", "true", [], {"a": 1}, *INSTANTS, NOW, NOW + timedelta(microseconds=1),
     NOW.replace(tzinfo=None), datetime(2026, 1, 1, 0, 0, 0, 1, UTC),
@@ -334,6 +368,11 @@ def every_field() -> list[Field]:
         limits.append((FieldType.STRING, {"pattern": pattern}))
         limits.append((FieldType.STRING, {"pattern": pattern, "allowed": ("b", "é", "A")}))
     limits.append((FieldType.STRING, {"allowed": ()}))
+    limits = [(kind, more) for kind, more in limits if kind is not FieldType.DECIMAL]
+    for precision, scale in ((1, 0), (4, 2), (3, 3), (38, 0), (38, 4)):
+        digits = {"precision": precision, "scale": scale}
+        limits += [(FieldType.DECIMAL, {**digits, **more}) for more in ({}, {"minimum": 0.5, "maximum": 9.75})]
+        limits += [(FieldType.DECIMAL, {**digits, **more}) for more in ({"minimum": 1e300}, {"maximum": -1e300})]
     limits += [
         (FieldType.STRING, more) for more in ({"min_length": 2}, {"max_length": 1}, {"min_length": 1, "max_length": 1})
     ]

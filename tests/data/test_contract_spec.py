@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import timedelta
 from typing import Any
@@ -50,8 +51,16 @@ def test_a_contract_that_contradicts_itself_is_refused(changes: dict[str, Any], 
     ("given", "reason"),
     [
         ({"type": FieldType.STRING, "minimum": 0}, "minimum and maximum need a number"),
-        ({"type": FieldType.FLOAT, "allowed": ("a",)}, "pattern, allowed, example need a string"),
-        ({"type": FieldType.BOOLEAN, "example": "yes"}, "pattern, allowed, example need a string"),
+        ({"type": FieldType.FLOAT, "allowed": ("a",)}, "pattern, allowed need a string"),
+        ({"type": FieldType.FLOAT, "example": "one"}, "has no example such as 'one'"),
+        ({"type": FieldType.DECIMAL}, "a decimal needs a precision"),
+        ({"type": FieldType.DECIMAL, "precision": 2, "scale": 3}, "a scale that is not above it"),
+        ({"type": FieldType.DECIMAL, "precision": 2, "scale": 0, "minimum": -math.inf}, "leave infinite limits out"),
+        ({"type": FieldType.FLOAT, "precision": 2}, "precision and scale are those of a decimal"),
+        ({"type": FieldType.STRING, "min_length": 2, "max_length": 1}, "min_length 2 exceeds 1"),
+        ({"type": FieldType.FLOAT, "minimum": 0, "warn": ("maximum",)}, "warns of maximum, which it does not have"),
+        ({"type": FieldType.FLOAT, "minimum": 0, "warn": ("minimum",), "refuse": ("minimum",)}, "leave one out"),
+        ({"type": FieldType.BOOLEAN, "example": "yes"}, "has no example such as 'yes'"),
         ({"type": FieldType.STRING, "pattern": "a+", "example": "b"}, "the example 'b' does not match"),
         ({"type": FieldType.INTEGER, "minimum": 2, "maximum": 1}, "minimum 2.0 exceeds maximum 1.0"),
         ({"type": FieldType.STRING, "pattern": "("}, "unterminated|missing"),

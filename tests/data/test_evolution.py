@@ -29,6 +29,7 @@ OLD = Contract(
         Field(name="code", type=FieldType.STRING, nullable=True, min_length=2, max_length=4),
         Field(name="heat", type=FieldType.FLOAT, nullable=True, maximum=90, warn=("maximum",)),
         Field(name="cold", type=FieldType.FLOAT, nullable=True, minimum=0, refuse=("minimum",)),
+        Field(name="cost", type=FieldType.DECIMAL, nullable=True, precision=6, scale=2),
         Field(name="open", type=FieldType.FLOAT),
     ),
     entity="meter",
@@ -45,7 +46,7 @@ OLD = Contract(
 )
 ROW = {
     "meter": "m1", "at": "2023-11-14T22:13:20Z", "flow": 5.0, "count": 3, "kind": "a", "note": None, "code": "abc",
-    "heat": 50.0, "cold": 10.0, "open": 1.5,
+    "heat": 50.0, "cold": 10.0, "cost": "12.50", "open": 1.5,
 }  # fmt: skip
 
 
@@ -74,6 +75,9 @@ CASES: dict[str, tuple[Contract, str | None]] = {
     "type_widened": (field("count", type=FieldType.FLOAT), "count"),
     "type_narrowed": (field("open", type=FieldType.INTEGER), "open"),
     "type_changed": (field("open", type=FieldType.STRING), "open"),
+    "precision_raised": (field("cost", precision=7), "cost"),
+    "precision_lowered": (field("cost", precision=5), "cost"),
+    "scale_changed": (field("cost", scale=3), "cost"),
     "null_allowed": (field("open", nullable=True), "open"),
     "null_forbidden": (field("note", nullable=False), "note"),
     "minimum_added": (field("open", minimum=0), "open"),
@@ -186,6 +190,8 @@ ONLY_OLD = {
     "type_narrowed": ROW,
     "type_changed": ROW,
     "null_forbidden": ROW,
+    "precision_lowered": {**ROW, "cost": "1234.50"},
+    "scale_changed": {**ROW, "cost": "1234.50"},
     "minimum_added": {**ROW, "open": -1.0},
     "minimum_raised": {**ROW, "flow": 0.5},
     "maximum_added": {**ROW, "open": 10.0},
@@ -206,6 +212,8 @@ ONLY_OLD = {
 ONLY_NEW = {
     "type_widened": {**ROW, "count": 2.5},
     "null_allowed": {**ROW, "open": None},
+    "precision_raised": {**ROW, "cost": "12345.50"},
+    "scale_changed": {**ROW, "cost": "1.125"},
     "minimum_lowered": {**ROW, "flow": -0.5},
     "minimum_removed": {**ROW, "flow": -1e9},
     "maximum_raised": {**ROW, "flow": 100.5},

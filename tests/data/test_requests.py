@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.contracts.events import to_microseconds
 from pipelines.contracts.requests import check_record, compile_model
-from pipelines.spec import Contract
+from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 from pipelines.usecases import aqua, prop
 
 NOW_US = to_microseconds(datetime(2023, 1, 1, tzinfo=UTC))
@@ -108,3 +108,14 @@ def test_a_long_value_is_shown_short() -> None:
     _, problems = check_record(compile_model(aqua.CONTRACT), {**READING, "x" * 10_000: 1}, NOW_US)
     assert len(problems[0].rule) < 150
     assert len(problems[0].field) < 150
+
+
+def test_a_record_from_the_future_gets_the_rules_between_its_fields_as_well() -> None:
+    fields = (Field(name="who", type=FieldType.STRING), Field(name="at", type=FieldType.TIMESTAMP))
+    contract = Contract(
+        name="c", version="1.0.0", owner="o", fields=fields, entity="who", time="at", key=("who",),
+        rules=(Rule(name="short", check="len(who) < 2"), Rule(name="odd", check='who == "b"', severity=Severity.WARN)),
+    )  # fmt: skip
+    typed, problems = check_record(compile_model(contract), {"who": "aa", "at": "2100-01-01T00:00:00Z"}, 0)
+    assert typed is None
+    assert [problem.rule for problem in problems] == ["at.future", "rule:short"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -105,7 +106,9 @@ def test_a_row_is_judged_alike_whatever_its_neighbours(data: st.DataObject) -> N
 @pytest.mark.parametrize("field", oracle.every_field(), ids=oracle.field_label)
 def test_every_listed_value_is_judged_alike_by_all(field: Field) -> None:
     contract = oracle.contract_of(field)
-    values = [*oracle.VALUES]
+    # Neither JSON nor a file gives Python's decimals where the contract has none.
+    exact = field.type is FieldType.DECIMAL
+    values = [value for value in oracle.VALUES if exact or not isinstance(value, Decimal)]
     records = [{"who": "a", "at": oracle.NOW, "f": value} for value in values]
     expected = [oracle.record_rules(contract, record) for record in records]
     assert _rules(contract, rows.from_records(contract, records)) == expected
