@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -30,6 +31,7 @@ def figures() -> dict[str, float]:
             pq.write_table(rows, Path(place) / f"{i}.parquet")
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         try:
             took: dict[str, list[float]] = {"judged": [], "passed on": []}
             for turn in range(ROUNDS + 1):

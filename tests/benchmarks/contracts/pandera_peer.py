@@ -33,7 +33,7 @@ def main() -> None:
     """Reads names of files, answers with the seconds and the bad rows of each."""
     home, kinds = Path(sys.argv[1]), sys.argv[2].split(",")
     wanted = schema(kinds)
-    frames = {name: pl.read_ipc(home / f"{name}.arrow", memory_map=False) for name in ("clean", "bad60")}
+    frames = {name: pl.read_ipc(home / f"{name}.arrow") for name in ("clean", "bad60")}
     for line in sys.stdin:
         name = line.strip()
         frame, bad = frames[name], np.zeros(0, np.int64)

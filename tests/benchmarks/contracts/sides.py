@@ -20,7 +20,7 @@ from pipelines.contracts.rows import check, from_arrow
 from tests.benchmarks.contracts.data import BAD, CONTRACT, KINDS, NOW_US, ROWS, table
 from tests.benchmarks.harness import Incomparable, peer, say
 
-PEERS = {"pandera": ("pandera[polars]==0.32.1",), "gx": ("great_expectations==1.19.0", "pyarrow")}
+PEERS = {"pandera": ("pandera[polars]==0.35.0", "numpy"), "gx": ("great_expectations==1.24.1", "pyarrow")}
 ROUNDS = 7
 _HERE = Path(__file__).resolve().parent
 
