@@ -93,7 +93,10 @@ class Killer:
 
     def _kill(self, kind: str, victim: int) -> None:
         before = self._place.journal.read()
-        os.kill(victim, signal.SIGKILL)
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it ended by itself just now, as a challenger does whose release is over
         at = time.monotonic()
         self.kills.append(Kill(kind, at, float("inf")))
         if not _becomes(lambda: self._back(kind, victim)):
