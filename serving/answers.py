@@ -33,6 +33,14 @@ _REASONS = {
 }
 
 
+class Warned(dict[str, Any]):
+    """An instance that breaks rules of its contract which only warn: ``warnings`` names them for the answer."""
+
+    def __init__(self, record: Mapping[str, Any], rules: Sequence[str]) -> None:
+        super().__init__(record)
+        self.warnings = [f"warning:{rule}" for rule in rules]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """n instances with everything a model needs, as of ``now_us``, by the view of ``page``, whose fingerprint is
@@ -173,7 +181,7 @@ class Predictor:
                     for p in problems
                 ]
             else:
-                records.append(record)
+                records.append(Warned(record, [p.rule for p in problems]) if problems else record)
         if errors:
             raise Problem(422, "The request breaks its contract", "Mend the fields listed under errors.", errors)
         return records
@@ -264,6 +272,8 @@ class Predictor:
                 named = zip(made.stored, statuses, strict=True)
                 flagged = {name: Status(status).name for name, status in named if status != Status.FRESH}
             degraded = rows.reasons(i) if flagged or not read.known[i] or i in filled.refused else []
+            if isinstance(record := rows.records[i], Warned):
+                degraded += record.warnings
             if not valid:
                 degraded.append("no_answer")
             elif not allowed:

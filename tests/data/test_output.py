@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines import usecases
+from pipelines.spec import UseCase
 from pipelines.training.artifact import Prediction
 from serving.answers import Part, Predictor, _View
 from serving.fallback import Filled
@@ -31,11 +32,17 @@ CASES = [
 ]
 
 
-def answers(said: list[tuple[float, float, float]], *, challenger: bool) -> tuple[list[Any], list[Any]]:
+def predictor_of(page: UseCase) -> Predictor:
+    views: Any = SimpleNamespace(states={})
+    return Predictor(page, views)
+
+
+def answers(
+    said: list[tuple[float, float, float]], *, challenger: bool = False, records: list[Any] | None = None
+) -> tuple[list[Any], list[Any]]:
     """The answers and the log records of what a version said."""
     nothing: Any = None
-    views: Any = SimpleNamespace(states={})
-    predictor = Predictor(AQUA, views)
+    predictor = predictor_of(AQUA)
     predictor._made["v"] = _View(nothing, nothing, ("a", "b"), (), (), (), (), frozenset())
     count = len(said)
     rows = prepared(count)
@@ -43,6 +50,7 @@ def answers(said: list[tuple[float, float, float]], *, challenger: bool) -> tupl
         rows,
         filled=Filled(np.zeros((count, 2)), rows.filled.status, rows.filled.level, {}),
         numeric=np.zeros((count, 1)),
+        records=records or rows.records,
     )
     found = Prediction(*(np.array(series, dtype=np.float64) for series in zip(*said, strict=True)))
     parts = (Part(np.ones(count, dtype=bool), "2", rows),) if challenger else ()
@@ -57,3 +65,16 @@ def test_no_answer_outside_of_its_contract_is_given_whichever_version_says_it(ch
         assert (answer["value"], answer["interval"], answer["degraded"]) == (value, interval, degraded), said
         np.testing.assert_array_equal([row["value"], row["lower"], row["upper"]], said)
         assert answer["model_version"] == ("2" if challenger else "1")
+
+
+def test_an_instance_that_breaks_a_rule_which_only_warns_is_answered_and_says_so() -> None:
+    fields = tuple(
+        field.model_copy(update={"warn": ("maximum",)}) if field.name == "rain" else field
+        for field in AQUA.contract.fields
+    )
+    page = AQUA.model_copy(update={"contract": AQUA.contract.model_copy(update={"fields": fields})})
+    instance = {"district": "dma_1", "temperature": 1.0, "rain": 1.0, "holiday": False}
+    records = predictor_of(page).parse({"instances": [instance, {**instance, "rain": 500.0}]})
+    given, _ = answers([(5.0, 4.0, 6.0)] * 2, records=records)
+    assert [answer["degraded"] for answer in given] == [[], ["warning:rain.maximum"]]
+    assert [answer["value"] for answer in given] == [5.0, 5.0]
