@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import pyarrow.compute as pc
+
 from cluster.clock import Clock, open_clock
 from cluster.database import Database
 from cluster.filesystems import open_filesystem
@@ -28,7 +30,7 @@ from pipelines.contracts import enforce, events, sources
 from pipelines.contracts.datasets import Manifest, findings, reconcile, refusals
 from pipelines.contracts.leases import events_lease
 from pipelines.contracts.profile import merged
-from pipelines.spec import EventSource
+from pipelines.spec import EventSource, References
 from pipelines.spec.base import fingerprint
 
 REPLAY = "replay"
@@ -142,7 +144,8 @@ def _publish(
 
     refused = decided and not committed  # a refused load has only the quarantine's marker
     settled, manifest = settle("recover" if committed else "refuse" if refused else "publish")
-    broken = findings(context.contract, merged(part.profile for part in settled), history, context.as_of_us)
+    profile = merged(part.profile for part in settled)
+    broken = findings(context.contract, profile, history, context.as_of_us, partial(_referred, tables))
     reasons = refusals(context.contract, manifest) + [f"{f.rule}: {f.said}" for f in broken if f.refuses]
     if reasons and not committed and not refused:
         refused = True
@@ -170,6 +173,14 @@ def _publish(
         refusals=tuple(reasons) if refused else (),
         warnings=tuple(f"{f.rule}: {f.said}" for f in broken if not f.refuses),
     )
+
+
+def _referred(tables: Tables, rule: References) -> frozenset[Any] | None:
+    """The values of the column that a rule refers to, None when there is no such column."""
+    table = f"{rule.source}/events"
+    if not tables.exists(table) or rule.column not in tables.schema(table).names:
+        return None
+    return frozenset(pc.unique(tables.read(table, columns=[rule.column]).column(rule.column)).to_pylist())
 
 
 def _history(database: Database, usecase: str, table: str) -> list[int]:

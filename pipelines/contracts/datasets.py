@@ -5,30 +5,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts.profile import Found, Moments, Profile
+from pipelines.contracts.profile import WORST, Digests, Found, Moments, Profile, Values
 from pipelines.contracts.rules import LOAD_REFUSED, severities
 from pipelines.spec import (
     Contract,
     Distribution,
     Freshness,
-    LoadRule,
     Monotone,
     NullShare,
+    References,
     Severity,
     Silence,
+    Unique,
     Volume,
 )
 
 _LEAST_HISTORY = 3
+_Measured = Volume | Freshness | NullShare | Distribution | Monotone | Silence | Unique
 
 
 class ReconciliationError(RuntimeError):
@@ -125,20 +128,30 @@ class Finding:
     refuses: bool
 
 
-def findings(contract: Contract, profile: Profile, history: Sequence[int], as_of_us: int) -> list[Finding]:
+def findings(
+    contract: Contract,
+    profile: Profile,
+    history: Sequence[int],
+    as_of_us: int,
+    known: Callable[[References], frozenset[Any] | None],
+) -> list[Finding]:
     """The load rules that rows of that profile break, in contract order.
 
     ``history`` are the accepted rows of the loads published before, the newest last; the load began at ``as_of_us``.
+    ``known`` gives the values that a rule refers to, None when there is no such column.
     """
     found = []
     for rule in contract.load_rules:
-        said = _broken(rule, profile, history, as_of_us)
+        if isinstance(rule, References):
+            said = _unknown(rule, profile.values.get(rule.id, Values()).seen, known(rule))
+        else:
+            said = _broken(rule, profile, history, as_of_us)
         if said is not None:
             found.append(Finding(rule.id, said, rule.severity is Severity.REFUSE))
     return found
 
 
-def _broken(rule: LoadRule, profile: Profile, history: Sequence[int], as_of_us: int) -> str | None:
+def _broken(rule: _Measured, profile: Profile, history: Sequence[int], as_of_us: int) -> str | None:
     """What is wrong, in words; None when nothing is."""
     match rule:
         case Volume():
@@ -158,9 +171,22 @@ def _broken(rule: LoadRule, profile: Profile, history: Sequence[int], as_of_us: 
         case Monotone(field=name):
             fell = profile.descents.get(name, Found())
             return f"{name} fell {fell.count} times, by most {_worst(fell, '')}" if fell.count else None
+        case Unique(fields=names):
+            repeated = profile.digests.get(rule.id, Digests()).repeated
+            return f"{repeated} rows repeat the {', '.join(names)} of another" if repeated else None
         case Silence(every=every):
             gaps = profile.gaps.get(rule.id, Found())
             return f"{gaps.count} gaps exceed {every}, the longest {_worst(gaps, ' s')}" if gaps.count else None
+
+
+def _unknown(rule: References, values: frozenset[Any], known: frozenset[Any] | None) -> str | None:
+    if known is None:
+        return f"there is no column {rule.column!r} of events of {rule.source!r} that {rule.field} could refer to"
+    missing = sorted(values - known, key=repr)
+    if not missing:
+        return None
+    shown = ", ".join(map(repr, missing[:WORST])) + (", …" if len(missing) > WORST else "")
+    return f"{len(missing)} values of {rule.field} are not among those of {rule.column} of {rule.source}: {shown}"
 
 
 def _volume(rule: Volume, rows: int, history: Sequence[int]) -> str | None:

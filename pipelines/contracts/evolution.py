@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from pipelines.spec import Contract, Distribution, Field, FieldType, Monotone, NullShare, Severity
+from pipelines.spec import Contract, Field, FieldType, Severity
 from pipelines.spec.expression import columns
 
 
@@ -111,9 +111,6 @@ _WORDS = frozenset(
         "rule_description_changed",
     }
 )
-
-
-_OF_FIELDS = (NullShare, Distribution, Monotone)
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ def _of_rules(old: Contract, new: Contract) -> Iterator[Change]:
         for rule in contract.rules:
             name = f"rule {rule.name}"
             reads[name] = reads.get(name, frozenset()) | columns(contract.condition(rule))
-        reads |= {f"rule {r.id}": frozenset((r.field,)) for r in contract.load_rules if isinstance(r, _OF_FIELDS)}
+        reads |= {f"rule {rule.id}": frozenset(rule.reads) for rule in contract.load_rules}
     for change in _of_named("", *rows):
         yield replace(change, reads=reads[change.field or ""])
     words = ({f"rule {rule.name}": rule.description for rule in contract.rules} for contract in (old, new))

@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 
-from pipelines.spec import Contract, Distribution, Monotone, NullShare, Silence
+from pipelines.spec import Contract, Distribution, Monotone, NullShare, References, Silence, Unique
 
 WORST = 5
 """So many of the worst are named."""
@@ -58,8 +60,35 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Digests:
+    """64-bit digests of what rows have to differ in, uint64 ascending, and how often one came again."""
+
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    repeated: int = 0
+
+    def plus(self, other: Digests) -> Digests:
+        """Both together."""
+        both = np.concatenate([self.seen, other.seen])
+        seen = np.unique(both)
+        return Digests(seen, self.repeated + other.repeated + len(both) - len(seen))
+
+
+@dataclass(frozen=True)
+class Values:
+    """The different values of a field."""
+
+    seen: frozenset[Any] = frozenset()
+
+    def plus(self, other: Values) -> Values:
+        """Both together."""
+        return Values(self.seen | other.seen)
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Sums over rows: nulls and moments by field, descents by field (in the field's unit), gaps by rule (seconds)."""
+    """Sums over rows: nulls and moments by field, descents by field (in the field's unit), gaps (seconds), digests and
+    values by rule.
+    """
 
     rows: int = 0
     newest_us: int | None = None
@@ -67,6 +96,8 @@ class Profile:
     moments: dict[str, Moments] = field(default_factory=dict)
     descents: dict[str, Found] = field(default_factory=dict)
     gaps: dict[str, Found] = field(default_factory=dict)
+    digests: dict[str, Digests] = field(default_factory=dict)
+    values: dict[str, Values] = field(default_factory=dict)
 
     def plus(self, other: Profile) -> Profile:
         """Both together."""
@@ -78,6 +109,8 @@ class Profile:
             moments=_merged(self.moments, other.moments, Moments()),
             descents=_merged(self.descents, other.descents, Found()),
             gaps=_merged(self.gaps, other.gaps, Found()),
+            digests=_merged(self.digests, other.digests, Digests()),
+            values=_merged(self.values, other.values, Values()),
         )
 
 
@@ -105,14 +138,26 @@ def profiled(contract: Contract, table: pa.Table, last_us: int) -> Profile:
             profile.descents[rule.field] = line.descents(table.column(rule.field))
         elif isinstance(rule, Silence) and line is not None:
             profile.gaps[rule.id] = line.gaps(rule.every.total_seconds(), last_us)
+        elif isinstance(rule, Unique):
+            profile.digests[rule.id] = _digests(table.select(list(rule.fields)))
+        elif isinstance(rule, References):
+            profile.values[rule.id] = Values(frozenset(pc.unique(table.column(rule.field)).drop_null().to_pylist()))
     return profile
 
 
-Sums = TypeVar("Sums", Moments, Found)
+Sums = TypeVar("Sums", Moments, Found, Digests, Values)
 
 
 def _merged(one: dict[str, Sums], other: dict[str, Sums], nothing: Sums) -> dict[str, Sums]:
     return {name: one.get(name, nothing).plus(other.get(name, nothing)) for name in {**one, **other}}
+
+
+def _digests(table: pa.Table) -> Digests:
+    digest = xxhash.xxh3_64_intdigest
+    rows = (row.values() for row in table.to_pylist())
+    made = [digest(repr(tuple(row)).encode()) for row in rows if None not in row]
+    seen = np.unique(np.array(made, dtype=np.uint64))
+    return Digests(seen, len(made) - len(seen))
 
 
 def _moments(column: pa.ChunkedArray) -> Moments:
@@ -158,6 +203,7 @@ class _Line:
         return self._found(self.entities[late], waited[late])
 
     def _found(self, entities: np.ndarray, how_bad: np.ndarray) -> Found:
-        worst = np.argsort(-how_bad, kind="stable")[:WORST]
-        named = [(float(how_bad[i]), self.names[int(entities[i])].as_py()) for i in worst.tolist()]
-        return Found(len(entities), tuple(sorted(named, reverse=True)))
+        # Of equally bad ones those whose names come last, so that they are the same however a load is cut.
+        names = pc.rank(self.names).to_numpy()[entities]
+        worst = np.lexsort((names, how_bad))[::-1][:WORST]
+        return Found(len(entities), tuple((float(how_bad[i]), self.names[int(entities[i])].as_py()) for i in worst))

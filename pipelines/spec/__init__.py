@@ -4,7 +4,17 @@ from pipelines.spec.abtest import ABTest, Goal, Measure, Variant
 from pipelines.spec.contract import Contract, Field, FieldType, Rule
 from pipelines.spec.fallback import Fallback
 from pipelines.spec.features import Calendar, Derived, Dimension, FeatureView, Fold, Lag, Neighbours, Window
-from pipelines.spec.loads import Distribution, Freshness, LoadRule, Monotone, NullShare, Silence, Volume
+from pipelines.spec.loads import (
+    Distribution,
+    Freshness,
+    LoadRule,
+    Monotone,
+    NullShare,
+    References,
+    Silence,
+    Unique,
+    Volume,
+)
 from pipelines.spec.model import Gate, ModelSpec, Split, Target
 from pipelines.spec.release import (
     AfterWatch,
@@ -53,6 +63,7 @@ __all__ = [
     "Monotone",
     "Neighbours",
     "NullShare",
+    "References",
     "ReleasePolicy",
     "RetrainPolicy",
     "Rule",
@@ -63,6 +74,7 @@ __all__ = [
     "SkewRule",
     "Split",
     "Target",
+    "Unique",
     "UseCase",
     "Variant",
     "Volume",

@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from pipelines.spec.base import Spec
 from pipelines.spec.expression import Kind, Node, parse
-from pipelines.spec.loads import Distribution, LoadRule, Monotone, NullShare
+from pipelines.spec.loads import Distribution, LoadRule, Monotone
 from pipelines.spec.severity import Severity
 
 _NAME = r"^[a-z][a-z0-9_]*$"
@@ -199,12 +199,13 @@ class Contract(Spec):
         if len(set(ids)) != len(ids):
             raise ValueError(f"contract {self.name!r} has a load rule twice: {sorted(ids)}")
         for rule in self.load_rules:
-            if isinstance(rule, NullShare | Distribution | Monotone):
-                field = next((field for field in self.fields if field.name == rule.field), None)
+            for name in rule.reads:
+                field = next((field for field in self.fields if field.name == name), None)
                 if field is None:
                     names = [field.name for field in self.fields]
-                    raise ValueError(f"contract {self.name!r}: {rule.kind} names {rule.field!r}; there are {names}")
-                if not isinstance(rule, NullShare) and field.type not in (FieldType.FLOAT, FieldType.INTEGER):
+                    raise ValueError(f"contract {self.name!r}: {rule.kind} names {name!r}; there are {names}")
+                numbers = (FieldType.FLOAT, FieldType.INTEGER)
+                if isinstance(rule, Distribution | Monotone) and field.type not in numbers:
                     raise ValueError(f"contract {self.name!r}: {rule.kind} needs a number, and {field.name!r} is none")
         return self
 

@@ -17,6 +17,12 @@ class _LoadRule(Spec):
 
     severity: Literal[Severity.WARN, Severity.REFUSE] = Severity.REFUSE
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that it names."""
+        name = getattr(self, "field", None)
+        return getattr(self, "fields", ()) if name is None else (name,)
+
 
 class Volume(_LoadRule):
     """How many rows a load has: between ``minimum`` and ``maximum``, and between two ``ratio``s of the median of the
@@ -117,6 +123,35 @@ class Silence(_LoadRule):
         return f"load.silence_{duration_label(self.every)}"
 
 
+class Unique(_LoadRule):
+    """No two rows of a load have the same values in these ``fields``; a row with a null there is like no other."""
+
+    kind: Literal["unique"] = "unique"
+    fields: tuple[str, ...] = PydanticField(min_length=1)
+
+    @property
+    def id(self) -> str:
+        """The rule's name in reports."""
+        return f"load.unique_{'_'.join(self.fields)}"
+
+
+class References(_LoadRule):
+    """Every value of a ``field`` that is not null is one of a ``column`` of accepted events of another ``source``, such
+    as ``aqua.profile``, a dimension, when the load is judged.
+    """
+
+    kind: Literal["references"] = "references"
+    field: str
+    source: str
+    column: str
+
+    @property
+    def id(self) -> str:
+        """The rule's name in reports."""
+        return f"{self.field}.references"
+
+
 LoadRule = Annotated[
-    Volume | Freshness | NullShare | Distribution | Monotone | Silence, PydanticField(discriminator="kind")
+    Volume | Freshness | NullShare | Distribution | Monotone | Silence | Unique | References,
+    PydanticField(discriminator="kind"),
 ]

@@ -27,17 +27,21 @@ from pipelines.spec import (
     LoadRule,
     Monotone,
     NullShare,
+    References,
     Severity,
     Silence,
+    Unique,
     Volume,
 )
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
 SILENCE = Silence(every=5 * MINUTE)
+UNIQUE = Unique(fields=("at", "total"))
+PLACES = References(field="meter", source="meters.places", column="meter")
 ALL = (
     Volume(minimum=1), Freshness(max_age=MINUTE), NullShare(field="total", maximum=0.1), Monotone(field="total"),
-    Distribution(field="total", mean=(0, 1)), SILENCE,
+    Distribution(field="total", mean=(0, 1)), SILENCE, UNIQUE, PLACES,
 )  # fmt: skip
 
 
@@ -51,6 +55,10 @@ def contract(*rules: LoadRule) -> Contract:
         name="meters", version="1.0.0", owner="o", fields=fields, entity="meter", time="at", key=("meter", "at"),
         load_rules=rules,
     )  # fmt: skip
+
+
+def known_meters(rule: References) -> frozenset[str] | None:
+    return frozenset(("a", "b")) if rule.source == "meters.places" else None
 
 
 Row = tuple[str, datetime, float | None]
@@ -72,7 +80,7 @@ def broken(rows: Sequence[Row], *rules: LoadRule, history: Sequence[int] = (), p
     meters = sorted({row[0] for row in rows})
     split = [[row for row in rows if meters.index(row[0]) % parts == i] for i in range(parts)]
     whole = merged(profiled(given_contract, table(part), last_of(rows)) for part in split)
-    return findings(given_contract, whole, history, to_microseconds(NOW))
+    return findings(given_contract, whole, history, to_microseconds(NOW), known_meters)
 
 
 def naive(rows: Sequence[Row]) -> dict[str, Any]:
@@ -126,7 +134,10 @@ def test_parts_in_any_order_add_up_to_what_a_loop_over_all_rows_finds(rows, rand
         assert math.isclose(moments.mean, statistics.fmean(values), rel_tol=1e-9, abs_tol=1e-9 * scale)
     if len(values) > 1:
         assert math.isclose(moments.std, statistics.stdev(values), rel_tol=1e-6, abs_tol=1e-9 * scale)
-    assert merged([Profile(), found, Profile()]) == found
+    pairs = [row[1:] for row in rows if row[2] is not None]
+    assert found.digests[UNIQUE.id].repeated == len(pairs) - len({(at, str(total)) for at, total in pairs})
+    assert found.values[PLACES.id].seen == {row[0] for row in rows}
+    assert repr(merged([Profile(), found, Profile()])) == repr(found)
 
 
 def every(minutes: int, count: int, meter: str = "a", total: float | None = 1.0) -> list[Row]:
@@ -155,6 +166,12 @@ GOOD = every(1, 10)
         (Monotone(field="total"), [*GOOD, ("a", NOW + MINUTE, None), ("a", NOW + 2 * MINUTE, 0.25)], (),
          "total fell 1 times, by most 0.75 (a)"),
         (SILENCE, [*every(1, 10), ("b", NOW - 6 * MINUTE, 1.0)], (), "1 gaps exceed 0:05:00, the longest 360 s (b)"),
+        (Unique(fields=("at", "total")), [*every(1, 4), *every(1, 6, "b"), ("c", NOW, 1.0)], (),
+         "5 rows repeat the at, total of another"),
+        (PLACES, [*GOOD, ("c", NOW, 1.0), ("x", NOW, 1.0)], (),
+         "2 values of meter are not among those of meter of meters.places: 'c', 'x'"),
+        (References(field="meter", source="nowhere", column="meter"), GOOD, (),
+         "there is no column 'meter' of events of 'nowhere' that meter could refer to"),
         (SILENCE, every(6, 2), (), "1 gaps exceed 0:05:00, the longest 360 s (a)"),
     ],
 )  # fmt: skip
@@ -177,6 +194,8 @@ def test_each_rule_finds_its_fault_and_says_what_was_measured(rule, rows, histor
         (Distribution(field="total", mean=(1, 1), std=(0, 0)), GOOD, ()),
         (Distribution(field="total", mean=(5, 6), std=(5, 6)), every(1, 3, "a", None), ()),
         (Monotone(field="total"), [("a", NOW, 5.0), ("b", NOW + MINUTE, 1.0), ("a", NOW + MINUTE, 5.0)], ()),
+        (Unique(fields=("at", "total")), [*every(1, 3), ("b", NOW, None), ("c", NOW, None), ("d", NOW, 2.0)], ()),
+        (PLACES, [*GOOD, *every(1, 2, "b")], ()),
         (SILENCE, [*every(5, 3), ("b", NOW - 5 * MINUTE, 1.0)], ()),
     ],
 )
@@ -190,6 +209,8 @@ def test_what_lies_on_a_limit_or_cannot_be_judged_breaks_nothing(rule, rows, his
         ((NullShare(field="flow", maximum=0),), "null_share names 'flow'"),
         ((Monotone(field="meter"),), "monotone needs a number, and 'meter' is none"),
         ((Distribution(field="at", mean=(0, 1)),), "distribution needs a number"),
+        ((Unique(fields=("meter", "flow")),), "unique names 'flow'"),
+        ((References(field="flow", source="x", column="y"),), "references names 'flow'"),
         ((Volume(minimum=1), Volume(maximum=2)), "has a load rule twice"),
     ],
 )

@@ -19,8 +19,10 @@ from pipelines.spec import (
     LoadRule,
     Monotone,
     NullShare,
+    References,
     Severity,
     Silence,
+    Unique,
     Volume,
 )
 from tests.data import contract_oracle as oracle
@@ -37,6 +39,8 @@ def load_rules(contract: Contract) -> st.SearchStrategy[tuple[LoadRule, ...]]:
         st.builds(Volume, minimum=st.none() | st.integers(0, 9), history=st.integers(3, 9), severity=SEVERITIES),
         st.builds(Freshness, max_age=spans, severity=SEVERITIES),
         st.builds(Silence, every=spans, severity=SEVERITIES),
+        st.just(Unique(fields=("who", "at"))),
+        st.just(References(field="who", source="aqua.profile", column="district")),
         st.builds(NullShare, field=st.sampled_from([f.name for f in contract.fields]), maximum=st.floats(0, 1)),
     ]
     if numbers:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.spec import Freshness, LoadRule, NullShare, Rule, Severity, Silence, UseCase, Volume
+from pipelines.spec import Freshness, LoadRule, NullShare, References, Rule, Severity, Silence, UseCase, Volume
 from serving.cli import main as tidegate
 from tests.pipeline.loads import USE_CASE, World, readings, world
 
@@ -155,3 +155,17 @@ def test_null_shares_and_silences_are_those_of_all_buckets_together(here, tmp_pa
     assert report.warnings[0] == "inflow.null_share: 33.3% of inflow are null, and at most 30.0% may be"
     # Every one of ten districts reports each 0.1 s: five times between its six rows, and nine until the load's last.
     assert report.warnings[1].startswith("load.silence_50000us: 54 gaps exceed 0:00:00.050000, the longest 0.1 s")
+
+
+def test_values_refer_to_a_column_of_another_source_that_has_been_loaded(here, tmp_path) -> None:
+    refers = page(References(field="district", source="places", column="district"))
+    early = here.load(file(tmp_path / "in", "a.parquet", readings(range(20))), refers)
+    assert early.refusals[-1].startswith("district.references: there is no column 'district' of events of 'places'")
+    places = USE_CASE.model_copy(update={"name": "places"})
+    here.load(file(tmp_path / "in", "places.parquet", readings(range(8))), places)
+    later = here.load(file(tmp_path / "in", "a.parquet", readings(range(20))), refers, load_id="again")
+    assert later.refusals[-1].endswith(
+        "2 values of district are not among those of district of places: 'dma_8', 'dma_9'"
+    )
+    here.load(file(tmp_path / "in", "rest.parquet", readings(range(8, 10))), places)
+    assert here.load(file(tmp_path / "in", "a.parquet", readings(range(20))), refers, load_id="last").accepted == 20
