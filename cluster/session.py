@@ -69,8 +69,6 @@ def driver_environment(settings: Settings) -> dict[str, str]:
         # Predict, events (idempotent by event id) and feedback may all be repeated; refusals may not.
         "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
-        # What does not fit its buffer is not sent again: a thousand instances of a page are some 250 KB.
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(384 * 1024),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
     }

@@ -81,13 +81,13 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
             case "diff":
                 lines, fine = told_of(options.old, options.new), True
             case "page":
-                lines, fine = [_page(usecases.load(options.usecase), options)], True
+                lines, fine = [_page(_use_case(options.usecase), options)], True
             case "replay":
-                lines, fine = [_replay(usecases.load(options.usecase), options)], True
+                lines, fine = [_replay(_use_case(options.usecase), options)], True
             case _:
-                lines, fine = checked(usecases.load(options.usecase), options.against)
+                lines, fine = checked(_use_case(options.usecase), options.against)
     except (NoContract, *_AWAY) as error:
-        sys.stderr.write(f"tidegate: {error.args[0] if error.args else error!r}\n")
+        sys.stderr.write(f"tidegate: {error}\n")
         return 1
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0 if fine else 1
@@ -174,6 +174,12 @@ def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
     fine = not lines
     said = f"{use_case.name}: {len(changes)} changes after version {before.version}, and nothing that breaks unsaid"
     return ([said] if fine else lines), fine
+
+
+def _use_case(name: str) -> UseCase:
+    if name not in usecases.names():
+        raise NoContract(f"there is no use case {name!r}; there are {', '.join(usecases.names())}")
+    return usecases.load(name)
 
 
 def _source(use_case: UseCase, dimension: str | None) -> EventSource:

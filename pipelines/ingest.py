@@ -43,7 +43,7 @@ class LoadReport:
     """What a load did. ``by_source`` gives rows_in, accepted and quarantined of each file.
 
     ``refusals`` say why nothing was published, ``warnings`` which rules the load breaks that only warn; ``warned``
-    counts accepted rows by such rules.
+    counts the rows that these rules of rows let pass, duplicates among them, by the rules they break.
     """
 
     load_id: str
@@ -184,12 +184,15 @@ def _referred(tables: Tables, rule: References) -> frozenset[Any] | None:
 
 
 def _history(database: Database, usecase: str, table: str) -> list[int]:
-    """The accepted rows of the loads that were published into a table, the newest last; replays are no deliveries."""
+    """The accepted rows of the loads that were published into a table, the newest last; replays are no deliveries, and
+    empty loads no measure.
+    """
     loads = (load for load in database.loads(usecase) if load.table == table and load.status == "published")
     return [
         load.manifest["accepted"]
         for load in loads
-        if load.manifest is not None and not load.load_id.startswith(f"{REPLAY}/")
+        # Of empty ones nothing can be measured, and a few of them would let no other load pass.
+        if load.manifest is not None and load.manifest["accepted"] and not load.load_id.startswith(f"{REPLAY}/")
     ]
 
 

@@ -128,7 +128,7 @@ def encoder(contract: Contract) -> Callable[[Mapping[str, Any]], tuple[str, byte
                 values[place] = to_microseconds(moment)
         for place in decimals:
             if values[place] is not None:
-                values[place] = str(values[place])
+                values[place] = format(values[place], "f")
         found = "|".join([_text(values[place]) for place in key])
         return found, _log_identity(found, None if time is None else values[time]), orjson.dumps([found, *values])
 

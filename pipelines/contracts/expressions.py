@@ -78,7 +78,8 @@ def _many(node: Node, table: pa.Table) -> Any:
         case Among(of, values):
             found = _many(of, table)
             if of.kind is Kind.NUMBER:
-                found = pc.add(found, 0.0)  # Arrow tells the zeros apart
+                # Arrow tells the zeros apart.
+                found, values = pc.add(found, 0.0), tuple(float(value) + 0.0 for value in values)
             held = pc.is_in(found, value_set=pa.array(values, found.type))
             return pc.if_else(pc.is_null(found), pa.scalar(None, pa.bool_()), held)
         case IsNull(column):

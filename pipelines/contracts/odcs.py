@@ -8,7 +8,7 @@ from. A document from elsewhere needs the roles of its columns besides, and is r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -58,6 +58,12 @@ _OPTIONS = {
 }
 _ROLES = ("entity", "time", "delay", "lateness", "future", "max_rejected_share")
 _LOAD_RULES: TypeAdapter[LoadRule] = TypeAdapter(LoadRule)
+
+
+_UNREADABLE = (
+    *(ValidationError, yaml.YAMLError, RecursionError),
+    *(TypeError, ValueError, KeyError, OverflowError),  # of values that are none of the types that they are said to be
+)
 
 
 class NotReadable(ValueError):
@@ -110,8 +116,17 @@ def from_odcs(text: str) -> Contract:
     """The contract of a YAML document; raises ``NotReadable``."""
     try:
         document = OpenDataContractStandard.from_string(text)
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
+    except _UNREADABLE as error:
         raise NotReadable(f"it is no document of the Open Data Contract Standard: {error}") from error
+    try:
+        return _read(document)
+    except NotReadable:
+        raise
+    except _UNREADABLE as error:
+        raise NotReadable(f"it describes no contract: {error}") from error
+
+
+def _read(document: OpenDataContractStandard) -> Contract:
     objects = document.schema_ or []
     if len(objects) != 1:
         raise NotReadable(f"it describes {len(objects)} objects, and a contract is of one: make a document of each")
@@ -126,20 +141,17 @@ def from_odcs(text: str) -> Contract:
         )
     rules, load_rules = _rules(table.quality or ())
     team = document.team
-    try:
-        return Contract(
-            name=document.name or table.name or "",
-            version=document.version or "",
-            owner=(team.name if isinstance(team, Team) else None) or "unknown",
-            description=(document.description.purpose if document.description else None) or "",
-            fields=tuple(map(_to_field, columns)),
-            key=tuple(column.name or "" for column in keyed),
-            rules=rules,
-            load_rules=load_rules,
-            **roles,
-        )
-    except (ValidationError, TypeError) as error:
-        raise NotReadable(f"it describes no contract: {error}") from error
+    return Contract(
+        name=document.name or table.name or "",
+        version=document.version or "",
+        owner=(team.name if isinstance(team, Team) else None) or "unknown",
+        description=(document.description.purpose if document.description else None) or "",
+        fields=tuple(map(_to_field, columns)),
+        key=tuple(column.name or "" for column in keyed),
+        rules=rules,
+        load_rules=load_rules,
+        **roles,
+    )
 
 
 def _of_field(contract: Contract, field: Field) -> SchemaProperty:
@@ -184,7 +196,12 @@ def _to_field(column: SchemaProperty) -> Field:
     if digits is not None:
         kind, exact = FieldType.DECIMAL, {"precision": int(digits[1]), "scale": int(digits[2] or 0)}
     options = column.logicalTypeOptions or {}
-    if unknown := set(options) - {*_OPTIONS.values(), "timezone", "format"}:
+    unknown = set(options) - {*_OPTIONS.values(), "timezone"}
+    if options.get("timezone") is False or (kind is not FieldType.TIMESTAMP and "timezone" in options):
+        unknown.add("timezone")
+    if column.unique:
+        unknown.add("unique")
+    if unknown:
         raise NotReadable(f"column {column.name!r} has options that are not enforced here: {sorted(unknown)}")
     own = _custom(column.customProperties).get(_ENGINE, {})
     limits = {ours: options[theirs] for ours, theirs in _OPTIONS.items() if theirs in options}
@@ -198,7 +215,7 @@ def _to_field(column: SchemaProperty) -> Field:
         description=column.description or "",
         **exact,
         **limits,
-        **own,
+        **{**own, "warn": _warned(column, own)},
     )
 
 
@@ -210,12 +227,22 @@ def _example(kind: FieldType, examples: list[Any]) -> str | float | None:
 
 
 def _allowed(column: SchemaProperty) -> tuple[str, ...] | None:
+    found: tuple[str, ...] | None = None
     for quality in column.quality or ():
-        values = (quality.arguments or {}).get("validValues")
-        if quality.metric != "invalidValues" or values is None or quality.mustBe != 0:
+        given = quality.arguments or {}
+        values = given.get("validValues")
+        same = quality.metric == "invalidValues" and quality.mustBe == 0 and set(given) == {"validValues"}
+        if not same or not isinstance(values, list) or found is not None:
             raise NotReadable(f"column {column.name!r} has a quality rule that is not enforced here: {_said(quality)}")
-        return tuple(values)
-    return None
+        found = tuple(values)
+    return found
+
+
+def _warned(column: SchemaProperty, own: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What only warns: as it was written here, or by the severity of a rule from elsewhere."""
+    given = tuple(own.get("warn", ()))
+    soft = any(quality.severity == "warning" for quality in column.quality or ())
+    return (*given, "allowed") if soft and "allowed" not in given else given
 
 
 def _of_rule(rule: Rule) -> DataQuality:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from pipelines.contracts import rules
 from pipelines.contracts.events import from_microseconds
@@ -17,6 +18,8 @@ from pipelines.spec import Contract, Field, FieldType, Severity
 
 EXAMPLES = 20
 """So many refused rows are shown."""
+_DRAWN = 1e300
+"""Larger numbers leave no room for an axis around them."""
 _BINS, _MOST_RULES, _SHOWN_CHARACTERS = 40, 20, 300
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
@@ -85,7 +88,8 @@ def _rules_part(contract: Contract, report: Mapping[str, Any]) -> str:
     names = order[:_MOST_RULES][::-1]
     figure = Figure(figsize=(8, 0.3 * len(names) + 0.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh([_cut(name, 40) for name in names], [counted[name] for name in names], gid="rules")
+    axes.barh(range(len(names)), [counted[name] for name in names], gid="rules")
+    axes.set_yticks(range(len(names)), labels=[_cut(name, 40) for name in names])
     axes.set_xlabel("rows")
     return "<h2>Rules that rows break</h2>" + _svg(figure) + _table(rows, ("rule", "rows", "of all", "it"))
 
@@ -99,7 +103,7 @@ def _plots(contract: Contract, table: pa.Table) -> str:
             drawn.append(_histogram(field, values.astype("datetime64[s]").astype(object)))
         elif field.type in (FieldType.FLOAT, FieldType.INTEGER, FieldType.DECIMAL):
             values = table.column(field.name).cast(pa.float64(), safe=False).drop_null().to_numpy()
-            if len(values):
+            if len(values) and np.abs(values).max() < _DRAWN:
                 drawn.append(_histogram(field, values))
     return f'<div class="small">{"".join(drawn)}</div>'
 
@@ -107,7 +111,7 @@ def _plots(contract: Contract, table: pa.Table) -> str:
 def _histogram(field: Field, values: np.ndarray) -> str:
     figure = Figure(figsize=(3, 1.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist(values, bins=_BINS, gid=f"values-{field.name}")
+    axes.hist(values, bins=_bins(values), gid=f"values-{field.name}")
     low, high = axes.get_xlim()
     for limit in (field.minimum, field.maximum):
         if limit is not None and field.type is not FieldType.TIMESTAMP and low <= limit <= high:
@@ -117,6 +121,17 @@ def _histogram(field: Field, values: np.ndarray) -> str:
     if field.type is FieldType.TIMESTAMP:
         figure.autofmt_xdate()
     return _svg(figure)
+
+
+def _bins(values: np.ndarray) -> Any:
+    """As many as can be told apart at the size that the values have."""
+    if values.dtype == object:  # instants
+        return _BINS
+    low, high = float(values.min()), float(values.max())
+    if high / _BINS - low / _BINS > 4 * np.spacing(max(abs(low), abs(high))):
+        return np.linspace(low, high, _BINS + 1)
+    room = max(1.0, abs(low) * 1e-6)
+    return [low - room, high + room]
 
 
 def _sources(by_source: Mapping[str, Mapping[str, int]]) -> str:
@@ -146,6 +161,8 @@ def _cut(text: str, longest: int = _SHOWN_CHARACTERS) -> str:
 
 def _svg(figure: Figure) -> str:
     drawn = io.StringIO()
+    for words in figure.findobj(Text):  # a name with dollars is no formula
+        words.set_parse_math(False)
     figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = drawn.getvalue()
     return text[text.index("<svg") :]

@@ -144,7 +144,8 @@ def _example(field: Field) -> Any:
         return False
     if field.type is FieldType.DECIMAL:
         smallest, largest = rules.decimal_bounds(field)
-        return str(max(smallest, Decimal(0)) if smallest is not None else min(largest or Decimal(0), Decimal(0)))
+        zero = Decimal(0)
+        return format(max(smallest, zero) if smallest is not None else min(largest or zero, zero), "f")
     if field.example is not None:
         return int(field.example) if field.type is FieldType.INTEGER else field.example
     low, high = rules.bounds(field)

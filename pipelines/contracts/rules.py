@@ -188,9 +188,13 @@ def latest_us(contract: Contract, now_us: int) -> int:
     return now_us + microseconds(contract.future)
 
 
+def _shown(value: Any) -> str:
+    return format(value, "f") if isinstance(value, Decimal) else str(value)  # str() may give it an exponent
+
+
 def as_json(record: Any) -> str:
     """A record as ASCII JSON that shows every value, NaN and huge integers included."""
     try:
-        return json.dumps(record, default=str)
+        return json.dumps(record, default=_shown)
     except (TypeError, ValueError, RecursionError):  # other keys, a cycle, 5,000 digits, a thousand levels
         return json.dumps(f"a {type(record).__name__} that JSON cannot show")

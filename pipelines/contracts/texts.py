@@ -35,26 +35,29 @@ def distinct_texts(column: pa.StringArray) -> tuple[np.ndarray, list[str]] | Non
         return None
     words: np.ndarray = np.ndarray((data.size - _WORD + 1,), "<u8", data, strides=(1,))
     codes, first = np.empty(len(column), np.int32), np.empty(_MOST_DISTINCT, np.int64)
-    tail = np.zeros(len(column) - inside, np.uint64)
-    for place in range(inside, len(column)):
-        text = bytes(data[int(offsets[place]) : int(offsets[place + 1])])
-        tail[place - inside] = int.from_bytes(text, "little")
-    count = _encode(offsets, words, tail, _MASKS, codes, first)
+    ends = np.zeros(2 * _WORD, np.uint8)  # the last bytes once more, with room behind them
+    ends[:_WORD] = np.frombuffer(data, np.uint8)[-_WORD:]
+    tail: np.ndarray = np.ndarray((_WORD + 1,), "<u8", ends, strides=(1,))
+    count = _encode(offsets, words, tail, inside, _MASKS, codes, first)
     if count < 0:
         return None
-    return codes, column.take(pa.array(first[:count])).fill_null("").to_pylist()
+    # From the buffer and not from the column: a null may have been the first to have these bytes.
+    spans = zip(offsets[first[:count]].tolist(), offsets[first[:count] + 1].tolist(), strict=True)
+    return codes, [bytes(data[start:end]).decode(errors="replace") for start, end in spans]
 
 
 @njit(nogil=True, cache=True)
-def _encode(offsets: Any, words: Any, tail: Any, masks: Any, codes: Any, first: Any) -> int:
-    """Fills ``codes``, and ``first`` with the row that each was first given to; how many, -1 when too many."""
+def _encode(offsets: Any, words: Any, tail: Any, inside: int, masks: Any, codes: Any, first: Any) -> int:
+    """Fills ``codes``, and ``first`` with the row that each was first given to; how many, -1 when too many.
+
+    From row ``inside`` on words are those of ``tail``, which begins with the last of ``words``.
+    """
     size, rows, count = 1 << _BITS, len(codes), 0
     table = np.zeros(2 * size, np.uint64)  # a key, which is never 0, and its code beside it
-    inside = rows - len(tail)
     for row in range(rows):
         length = offsets[row + 1] - offsets[row]
-        word = words[offsets[row]] & masks[length] if row < inside else tail[row - inside]
-        key = word | np.uint64(length + 1) << np.uint64(56)
+        word = words[offsets[row]] if row < inside else tail[offsets[row] - len(words) + 1]
+        key = word & masks[length] | np.uint64(length + 1) << np.uint64(56)
         place = np.int64(key * _SPREAD >> np.uint64(64 - _BITS)) * 2
         while table[place] != key:
             if table[place] == 0:

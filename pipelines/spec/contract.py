@@ -31,6 +31,7 @@ class FieldType(StrEnum):
 
 
 _PLAIN = (FieldType.FLOAT, FieldType.INTEGER)
+_PLACES = ("minimum", "maximum", "min_length", "max_length", "pattern", "allowed")
 Limit = Literal["minimum", "maximum", "min_length", "max_length", "pattern", "allowed"]
 RowRule = Literal["missing", "type", "finite", "unit", Limit]
 
@@ -96,6 +97,11 @@ class Field(Spec):
                 raise ValueError(f"field {self.name!r}: pattern {self.pattern!r} is not valid: {error}") from error
             if isinstance(self.example, str) and re.fullmatch(self.pattern, self.example) is None:
                 raise ValueError(f"field {self.name!r}: the example {self.example!r} does not match {self.pattern!r}")
+        if any(limit is not None and math.isnan(limit) for limit in (self.minimum, self.maximum)):
+            raise ValueError(f"field {self.name!r}: a limit is not a number: leave it out")
+        for name in self.refuse:
+            if name in _PLACES and getattr(self, name) is None:
+                raise ValueError(f"field {self.name!r} refuses loads for {name}, which it does not have")
         for name in self.warn:
             if getattr(self, name) is None:
                 raise ValueError(f"field {self.name!r} warns of {name}, which it does not have")
@@ -166,6 +172,8 @@ class Contract(Spec):
                 raise ValueError(f"contract {self.name!r}: {role} field {name!r} must not be nullable")
             if self.field(name).type is FieldType.DECIMAL:
                 raise ValueError(f"contract {self.name!r}: {role} field {name!r} must be no decimal: write it as text")
+        if len(set(self.key)) != len(self.key):
+            raise ValueError(f"contract {self.name!r} names a field of its key twice: {list(self.key)}")
         if not self.key:
             raise ValueError(f"contract {self.name!r} needs a key: the fields that identify an event")
         if self.field(self.time).type is not FieldType.TIMESTAMP:

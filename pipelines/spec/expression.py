@@ -152,6 +152,11 @@ def columns(node: Node) -> frozenset[str]:
             return frozenset().union(*map(columns, parts))
 
 
+def _is_truth(node: ast.expr) -> bool:
+    negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    return negated or isinstance(node, ast.Compare | ast.BoolOp)
+
+
 @dataclass(frozen=True)
 class _Reader:
     text: str
@@ -168,6 +173,8 @@ class _Reader:
             case ast.Constant(value=int() | float() as number):
                 return Constant(self.number(number, node), Kind.NUMBER)
             case ast.Constant(value=str() as value):
+                if not value.isascii() and max(value) >= "\ud800" and any("\ud800" <= c <= "\udfff" for c in value):
+                    raise self.error(node, "is no text: it has half of a character")
                 return Constant(value, Kind.TEXT)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return Call("neg", self.want(self.read(operand), Kind.NUMBER, operand))
@@ -183,6 +190,9 @@ class _Reader:
                 return Call("abs" if name == "abs" else "len", self.want(self.read(of), wanted, of))
             case ast.Compare(left=left, ops=operators, comparators=rest):
                 sides = [left, *rest]
+                if any(map(_is_truth, sides[1:-1])):
+                    # It would be read, and computed, twice, and again twice what lies in it.
+                    raise self.error(node, "compares a comparison within a chain: make two rules of it")
                 parts = tuple(
                     self.compared(node, sides[i], operator, sides[i + 1]) for i, operator in enumerate(operators)
                 )

@@ -49,6 +49,27 @@ def test_codes_stand_for_the_values_that_were_there(values, before, after, padde
     ]
 
 
+def test_bytes_under_a_null_are_those_of_whoever_has_them_as_well() -> None:
+    parts = pa.StructArray.from_arrays([pa.array(["abc", "abc", "xyz", "zzz"] * 3)], ["s"])
+    masked = pa.StructArray.from_buffers(
+        parts.type, 12, [pa.array([False, True, True, True] * 3).buffers()[1]], children=[parts.field(0)]
+    )
+    column = masked.flatten()[0]
+    assert column.null_count == 3
+    found = distinct_texts(column)
+    assert found is not None
+    codes, distinct = found
+    there = zip(codes.tolist(), column.is_valid().to_pylist(), strict=True)
+    assert [distinct[code] for code, valid in there if valid] == ["abc", "xyz", "zzz"] * 3
+
+
+def test_many_empty_texts_at_the_end_cost_no_more_than_others() -> None:
+    column = pa.array(["abcdefg", "hi"] + [""] * 100_000 + [None] * 100_000)
+    found = distinct_texts(column)
+    assert found is not None
+    assert set(found[1]) == {"abcdefg", "hi", ""}
+
+
 def test_longer_texts_and_too_many_different_ones_are_left_to_arrow(monkeypatch) -> None:
     assert distinct_texts(pa.array(["short", "rather l"])) is None
     many = pa.array([f"{i:07d}" for i in range(70_000)])

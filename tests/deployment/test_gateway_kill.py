@@ -115,7 +115,7 @@ def test_sigkill_of_the_gateway_loses_and_doubles_no_acknowledged_event(demo, tm
 
 @pytest.mark.timeout(120)
 def test_a_request_of_a_thousand_instances_outlives_the_gateway_that_had_it(demo):
-    """Its body does not fit the buffer from which the proxy sends a request again, as that is by default."""
+    """Its body does not fit the buffer from which the proxy sends a request again, so the client does."""
     instances = [
         {"district": f"dma_{i % 10}", "temperature": 15.0, "rain": 0.0, "holiday": False} for i in range(1_000)
     ]
@@ -124,7 +124,7 @@ def test_a_request_of_a_thousand_instances_outlives_the_gateway_that_had_it(demo
 
     def ask() -> None:
         try:
-            with demo.client(retries=0, timeout_s=20) as client:
+            with demo.client(timeout_s=20) as client:
                 while not stop.is_set():
                     assert len(client.predict(instances)) == 1_000
                     answered[0] += 1

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts.events import decode_events, encoder
 from pipelines.contracts.requests import check_record, compile_model
-from pipelines.spec import Field, FieldType
+from pipelines.replay import replay
+from pipelines.spec import Field, FieldType, Volume
 from tests.pipeline.loads import USE_CASE, everything, readings, world
 
 COST = Field(name="cost", type=FieldType.DECIMAL, precision=12, scale=3, nullable=True, minimum=0, maximum=0.3)
@@ -49,6 +50,23 @@ def test_what_is_not_exact_or_outside_is_refused_and_shown_as_it_came(home: Path
     assert report.by_rule == {"cost.maximum": 1, "cost.minimum": 1, "cost.type": 1}
     refused = everything(here.tables)[1].column("record").to_pylist()
     assert any('"cost": "0.3001"' in record for record in refused)
+
+
+def test_small_decimals_that_were_refused_are_spelt_so_that_they_can_come_again(home: Path, tmp_path: Path) -> None:
+    here = world(home)
+    fine = COST.model_copy(update={"precision": 20, "scale": 8, "maximum": None})
+    contract = CONTRACT.model_copy(update={"fields": (*USE_CASE.contract.fields, fine)})
+    strict = contract.model_copy(update={"load_rules": (Volume(minimum=1_000),)})
+    costs = [Decimal(0), Decimal("0.00000012"), Decimal("1.5"), None]
+    table = readings(range(4)).append_column("cost", pa.array(costs, pa.decimal128(20, 8)))
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert (
+        here.load([str(tmp_path / "a.parquet")], USE_CASE.model_copy(update={"contract": strict})).status == "refused"
+    )
+    page = USE_CASE.model_copy(update={"contract": contract})
+    done = replay(page, tables=here.tables, database=here.database, settings=here.settings, clock=here.clock)
+    assert done.accepted == 4
+    assert sorted(everything(here.tables)[0].column("cost").to_pylist(), key=str) == sorted(costs, key=str)
 
 
 def test_decimals_go_through_the_log_as_they_are() -> None:
