@@ -305,6 +305,17 @@ def _table_rows(contract: Contract, table: pa.Table, places: np.ndarray) -> list
             column = column.cast(pa.string())
         elif pa.types.is_decimal(column.type) and name not in exact:  # as the number that it is read as
             column = column.cast(pa.float64(), safe=False)
-        shown.append(column.to_pylist())
+        shown.append(_nested(column) if pa.types.is_nested(column.type) else column.to_pylist())
     names = taken.column_names
     return [rules.as_json(dict(zip(names, row, strict=True))) for row in zip(*shown, strict=True)]
+
+
+def _nested(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column that no contract has, as far as Python can hold them."""
+    found = []
+    for value in column:
+        try:
+            found.append(value.as_py())
+        except (OverflowError, ValueError):  # a moment beyond year 9999, say, or no text
+            found.append(f"a {value.type} that cannot be shown")
+    return found

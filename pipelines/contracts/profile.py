@@ -188,8 +188,8 @@ class _Line:
 
     def descents(self, column: pa.ChunkedArray) -> Found:
         """Where a value is lower than the one before of its entity, if any; nulls are passed over."""
-        values = column.cast(pa.float64(), safe=False).to_numpy()[self.order]
-        there = ~np.isnan(values)
+        there = column.is_valid().to_numpy()[self.order]
+        values = column.fill_null(0).to_numpy()[self.order]  # whole numbers as they are: floats would round large ones
         values, entities = values[there], self.entities[there]
         fell = (entities[1:] == entities[:-1]) & (values[1:] < values[:-1])
         return self._found(entities[1:][fell], (values[:-1] - values[1:])[fell])

@@ -32,6 +32,7 @@ from pipelines.contracts.events import from_microseconds, to_microseconds
 from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 from pipelines.spec.expression import columns
 
+Limits = list[tuple[str, Callable[[Any], bool]]]
 Condition = Callable[[Mapping[str, Any]], bool | None]
 _CUSTOM = "contract_rules"
 _KINDS = {
@@ -59,7 +60,7 @@ class Problem:
 class RecordModel:
     """The compiled rules of some fields of a contract; ``adapter`` yields the typed record.
 
-    ``between`` are the rules between these fields, and ``advisory`` the fields with limits that only warn.
+    ``between`` are the rules between these fields, and ``advisory`` the limits that only warn, by field.
     """
 
     name: str
@@ -67,7 +68,7 @@ class RecordModel:
     fields: tuple[Field, ...]
     adapter: TypeAdapter[Any]
     between: tuple[tuple[Rule, Condition], ...]
-    advisory: tuple[Field, ...]
+    advisory: tuple[tuple[Field, Limits], ...]
 
     def json_schema(self) -> dict[str, Any]:
         """The JSON Schema of one record, for the API's description."""
@@ -101,7 +102,11 @@ def compile_model(contract: Contract, fields: Sequence[str] | None = None, name:
         fields=chosen,
         adapter=TypeAdapter(typed),
         between=tuple((rule, expressions.holds(node)) for rule, node in conditions if columns(node) <= names),
-        advisory=tuple(field for field in chosen if field.warn),
+        advisory=tuple(
+            (field, [(kind, breaks) for kind, breaks in _limits(field) if kind in field.warn])
+            for field in chosen
+            if field.warn
+        ),
     )
 
 
@@ -127,10 +132,9 @@ def check_record(
     if late or hard:
         return None, [late, *hard] if late else hard
     warnings: list[Problem] = []
-    if model.advisory:
-        warnings = [
-            _problem(field, kind, typed[field.name]) for field in model.advisory for kind in _warned(field, typed)
-        ]
+    for field, limits in model.advisory:
+        if (value := typed[field.name]) is not None:
+            warnings += [_problem(field, kind, value) for kind, breaks in limits if breaks(value)]
     warnings += map(_broken_between, broken)
     return typed, warnings
 
@@ -220,7 +224,7 @@ def _string_rules(field: Field) -> Callable[[str], str]:
     return check
 
 
-def _limits(field: Field) -> list[tuple[str, Callable[[Any], bool]]]:
+def _limits(field: Field) -> Limits:
     """What tells, by rule, whether a typed value breaks a limit."""
     low, high = rules.decimal_bounds(field) if field.type is FieldType.DECIMAL else rules.bounds(field)
     shortest, longest, allowed = field.min_length or 0, field.max_length or 0, frozenset(field.allowed or ())
@@ -234,11 +238,6 @@ def _limits(field: Field) -> list[tuple[str, Callable[[Any], bool]]]:
         (rules.ALLOWED, field.allowed, lambda value: value not in allowed),
     )
     return [(kind, breaks) for kind, limit, breaks in limits if limit is not None]
-
-
-def _warned(field: Field, typed: Mapping[str, Any]) -> list[str]:
-    value = typed[field.name]
-    return [] if value is None else [k for k, breaks in _limits(field) if k in field.warn and breaks(value)]
 
 
 def _between(model: RecordModel, typed: Mapping[str, Any]) -> list[Rule]:

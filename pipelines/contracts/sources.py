@@ -178,11 +178,18 @@ def _read_parquet(contract: Contract, part: Split, storage_options: Mapping[str,
         groups = list(part.row_groups) if part.row_groups is not None else None
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
             for column in batch.columns:
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                    column.validate(full=True)  # Parquet does not promise UTF-8
-            table = pa.Table.from_batches([batch])
+                column.validate(full=True)  # Parquet does not promise UTF-8
+            table = _plain(pa.Table.from_batches([batch]))
             yield Batch(from_arrow(contract, table), np.arange(position, position + batch.num_rows))
             position += batch.num_rows
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """With strings where there are views of strings, of which Arrow cannot take some rows."""
+    for place, (name, kind) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
+        if pa.types.is_string_view(kind):
+            table = table.set_column(place, name, table.column(place).cast(pa.string()))
+    return table
 
 
 def _read_csv(contract: Contract, reopen: Callable[[], IO[bytes]]) -> Iterator[Batch]:

@@ -64,9 +64,9 @@ class Field(Spec):
 
     @property
     def limits(self) -> tuple[float, float]:
-        """``minimum`` and ``maximum``, infinite where there is none."""
-        low = -math.inf if self.minimum is None else self.minimum
-        return low, math.inf if self.maximum is None else self.maximum
+        """``minimum`` and ``maximum``, infinite where there is none or it only warns."""
+        low, high = ("minimum" in self.warn or self.minimum is None), ("maximum" in self.warn or self.maximum is None)
+        return -math.inf if low else self.minimum or 0.0, math.inf if high else self.maximum or 0.0
 
     @model_validator(mode="after")
     def _limits_fit_the_type(self) -> Self:

@@ -235,3 +235,18 @@ def test_a_load_rule_that_does_not_fit_its_contract_is_refused(rules, reason) ->
 def test_a_load_rule_that_says_nothing_is_refused(make, reason) -> None:
     with pytest.raises(ValidationError, match=reason):
         make()
+
+
+def test_large_whole_numbers_fall_by_one() -> None:
+    numbers = Contract(
+        name="meters", version="1.0.0", owner="o", entity="meter", time="at", key=("meter", "at"),
+        fields=(
+            Field(name="meter", type=FieldType.STRING),
+            Field(name="at", type=FieldType.TIMESTAMP),
+            Field(name="total", type=FieldType.INTEGER, nullable=True),
+        ),
+        load_rules=(Monotone(field="total"),),
+    )  # fmt: skip
+    rows = table([("a", NOW, 0.0), ("a", NOW + MINUTE, 0.0), ("a", NOW + 2 * MINUTE, 0.0)])
+    rows = rows.set_column(2, "total", pa.array([2**53 + 1, None, 2**53]))
+    assert profiled(numbers, rows, 0).descents["total"].count == 1

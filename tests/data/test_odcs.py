@@ -82,6 +82,7 @@ def test_what_the_standard_has_is_said_in_its_words() -> None:
     ]
 
 
+HUGE = f"decimal({'9' * 5_000})"
 FOREIGN = """
 apiVersion: v3.1.0
 kind: DataContract
@@ -135,7 +136,7 @@ def test_a_document_from_elsewhere_is_a_contract_once_its_columns_have_roles() -
         ("logicalType: number,", "logicalType: number, examples: [abc],", "describes no contract"),
         (
             "logicalType: number,",
-            f"logicalType: number, physicalType: 'decimal({'9' * 5000})',",
+            f"logicalType: number, physicalType: {HUGE!r},",
             "describes no contract",
         ),
         ("version: 2.0.0", "version: 2024-13-45", "is no document"),

@@ -56,13 +56,12 @@ def test_small_decimals_that_were_refused_are_spelt_so_that_they_can_come_again(
     here = world(home)
     fine = COST.model_copy(update={"precision": 20, "scale": 8, "maximum": None})
     contract = CONTRACT.model_copy(update={"fields": (*USE_CASE.contract.fields, fine)})
-    strict = contract.model_copy(update={"load_rules": (Volume(minimum=1_000),)})
+    rules = {"load_rules": (Volume(minimum=1_000),)}
+    strict = USE_CASE.model_copy(update={"contract": contract.model_copy(update=rules)})
     costs = [Decimal(0), Decimal("0.00000012"), Decimal("1.5"), None]
     table = readings(range(4)).append_column("cost", pa.array(costs, pa.decimal128(20, 8)))
     pq.write_table(table, tmp_path / "a.parquet")
-    assert (
-        here.load([str(tmp_path / "a.parquet")], USE_CASE.model_copy(update={"contract": strict})).status == "refused"
-    )
+    assert here.load([str(tmp_path / "a.parquet")], strict).status == "refused"
     page = USE_CASE.model_copy(update={"contract": contract})
     done = replay(page, tables=here.tables, database=here.database, settings=here.settings, clock=here.clock)
     assert done.accepted == 4

@@ -237,3 +237,32 @@ def _csv(table: pa.Table) -> str:
     sink = pa.BufferOutputStream()
     pacsv.write_csv(_text(table), sink, pacsv.WriteOptions(quoting_style="none"))
     return sink.getvalue().to_pybytes().decode()
+
+
+PATIENT = USE_CASE.contract.model_copy(update={"max_rejected_share": 1.0})
+NOT_TEXT = pa.Array.from_buffers(pa.string(), 4, pa.array([b"fine", b"\xff\xfe", b"fine", b"fine"]).buffers())
+ODD = {
+    "views of strings": ("district", pa.array(["dma_1", "dma_2", "nowhere", "dma_3"]).cast(pa.string_view()), 3),
+    "no text in a dictionary": ("note", pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3]), NOT_TEXT), 0),
+    "no text in a list": ("note", pa.ListArray.from_arrays(pa.array([0, 1, 2, 3, 4], pa.int32()), NOT_TEXT), 0),
+    "no text in a struct": ("note", pa.StructArray.from_arrays([NOT_TEXT], ["a"]), 0),
+    "moments beyond Python's": (
+        "note",
+        pa.StructArray.from_arrays([pa.array([2**62] * 4).cast(pa.timestamp("us"))], ["a"]),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_column_stops_no_other_file(name: str, home: Path, inbox: Path) -> None:
+    column, values, taken = ODD[name]
+    table = readings(range(4))
+    place = table.column_names.index(column) if column in table.column_names else None
+    table = table.append_column(column, values) if place is None else table.set_column(place, column, values)
+    pq.write_table(table, inbox / "odd.parquet")
+    pq.write_table(readings(range(100, 200)), inbox / "good.parquet")
+    report = world(home).load([str(inbox)], USE_CASE.model_copy(update={"contract": PATIENT}))
+    assert report.by_source["good.parquet"]["accepted"] == 100
+    assert report.by_source["odd.parquet"]["accepted"] == taken
+    assert report.by_source["odd.parquet"]["rows_in"] in (1, 4)
