@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cluster import processes
 from cluster.settings import Settings
@@ -221,6 +222,14 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+def nodes() -> list[dict[str, Any]]:
+    """What Ray says of each node of the cluster that this process is connected to."""
+    import ray
+
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray declares no type for it
+    return found
 
 
 def job_environment(settings: Settings) -> dict[str, str]:

@@ -8,7 +8,6 @@ import sys
 import time
 from typing import Any
 
-import ray
 from ray import serve
 
 from cluster import session
@@ -79,8 +78,7 @@ def deploy(usecase: str, settings: Settings) -> RoutingTable:
     Raises ``ReleaseError`` when no version may answer, or when the nodes of the cluster cannot share log, state or
     database.
     """
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    refuse_node_local(settings, sum(node["Alive"] for node in nodes))
+    refuse_node_local(settings, sum(node["Alive"] for node in session.nodes()))
     use_case = usecases.load(usecase)
     database = Database(settings.database_url)
     database.create()

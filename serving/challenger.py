@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from cluster import session
 from cluster.processes import bound_memory
 from cluster.settings import Settings
 from pipelines import usecases
@@ -65,8 +66,7 @@ class Challenger:
 def _address() -> str:
     """That of this node in the cluster: no other interface of the machine is listened on."""
     me = ray.get_runtime_context().get_node_id()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return next(str(node["NodeManagerAddress"]) for node in nodes if node["NodeID"] == me)
+    return next(str(node["NodeManagerAddress"]) for node in session.nodes() if node["NodeID"] == me)
 
 
 def application(usecase: str, version: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -99,18 +98,22 @@ def holds(node: Node) -> Callable[[Row], bool | None]:
 
     A field that the row has not is null; an instant is an aware datetime.
     """
+    return _one(node)
+
+
+def _one(node: Node) -> Callable[[Row], Any]:
     match node:
         case Column(name, kind):
             return _column(name, kind)
         case Constant(value):
-            return lambda row: value  # type: ignore[return-value]
+            return lambda row: value
         case Arithmetic(sign, left, right):
-            return _arithmetic(sign, holds(left), holds(right), instants=left.kind is Kind.INSTANT)
+            return _arithmetic(sign, _one(left), _one(right), instants=left.kind is Kind.INSTANT)
         case Call(function, of):
-            apply, inner = _CALLS[function], holds(of)
+            apply, inner = _CALLS[function], _one(of)
             return lambda row: None if (found := inner(row)) is None else apply(found)
         case Compared(sign, left, right):
-            one, other, compare = holds(left), holds(right), _COMPARED[sign]
+            one, other, compare = _one(left), _one(right), _COMPARED[sign]
 
             def compared(row: Row) -> bool | None:
                 a, b = one(row), other(row)
@@ -118,28 +121,24 @@ def holds(node: Node) -> Callable[[Row], bool | None]:
 
             return compared
         case Among(of, values):
-            inner, known = holds(of), frozenset(values)
+            inner, known = _one(of), frozenset(values)
             return lambda row: None if (found := inner(row)) is None else found in known
         case IsNull(column):
             name = column.name
             return lambda row: row.get(name) is None
         case Not(of):
-            inner = holds(of)
+            inner = _one(of)
             return lambda row: None if (found := inner(row)) is None else not found
         case Logic(word, parts):
-            return _logic(tuple(map(holds, parts)), decisive=word == "or")
+            return _logic(tuple(map(_one, parts)), decisive=word == "or")
 
 
 def _column(name: str, kind: Kind) -> Callable[[Row], Any]:
     if kind is Kind.NUMBER:
         return lambda row: None if (found := row.get(name)) is None else float(found)
     if kind is Kind.INSTANT:
-        return lambda row: None if (found := row.get(name)) is None else _microseconds(found)
+        return lambda row: None if (found := row.get(name)) is None else to_microseconds(found)
     return lambda row: row.get(name)
-
-
-def _microseconds(moment: datetime) -> int:
-    return to_microseconds(moment)
 
 
 def _arithmetic(

@@ -26,15 +26,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.spec import (
     Contract,
-    Distribution,
     Field,
     FieldType,
     Freshness,
     LoadRule,
-    NullShare,
     Rule,
     Severity,
-    Volume,
 )
 
 API_VERSION = "v3.1.0"
@@ -141,10 +138,12 @@ def _read(document: OpenDataContractStandard) -> Contract:
         )
     rules, load_rules = _rules(table.quality or ())
     team = document.team
+    if not isinstance(team, Team) or not team.name:
+        raise NotReadable("who owns it is not said: add the name of the team")
     return Contract(
         name=document.name or table.name or "",
         version=document.version or "",
-        owner=(team.name if isinstance(team, Team) else None) or "unknown",
+        owner=team.name,
         description=(document.description.purpose if document.description else None) or "",
         fields=tuple(map(_to_field, columns)),
         key=tuple(column.name or "" for column in keyed),
@@ -257,21 +256,12 @@ def _of_rule(rule: Rule) -> DataQuality:
 
 
 def _of_load(rule: LoadRule) -> DataQuality:
-    """In the library's words where they say the same, besides our own."""
-    same: dict[str, Any] = {}
-    if isinstance(rule, NullShare):
-        same = {"description": f"at most {rule.maximum:.6%} of {rule.field} are null"}
-    elif isinstance(rule, Volume):
-        same = {"description": "the number of rows of a load"}
-    elif isinstance(rule, Distribution):
-        same = {"description": f"mean and standard deviation of {rule.field}"}
     return _quality(
         type="custom",
         engine=_ENGINE,
         name=rule.id.replace(".", "_"),
         severity="warning" if rule.severity is Severity.WARN else "error",
         implementation=rule.model_dump(mode="json", exclude_none=True),
-        **same,
     )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from datetime import timedelta
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field as PydanticField
 from pydantic import model_validator
@@ -31,7 +31,6 @@ class FieldType(StrEnum):
 
 
 _PLAIN = (FieldType.FLOAT, FieldType.INTEGER)
-_PLACES = ("minimum", "maximum", "min_length", "max_length", "pattern", "allowed")
 Limit = Literal["minimum", "maximum", "min_length", "max_length", "pattern", "allowed"]
 RowRule = Literal["missing", "type", "finite", "unit", Limit]
 
@@ -65,8 +64,12 @@ class Field(Spec):
     @property
     def limits(self) -> tuple[float, float]:
         """``minimum`` and ``maximum``, infinite where there is none or it only warns."""
-        low, high = ("minimum" in self.warn or self.minimum is None), ("maximum" in self.warn or self.maximum is None)
-        return -math.inf if low else self.minimum or 0.0, math.inf if high else self.maximum or 0.0
+        low, high = -math.inf, math.inf
+        if self.minimum is not None and "minimum" not in self.warn:
+            low = self.minimum
+        if self.maximum is not None and "maximum" not in self.warn:
+            high = self.maximum
+        return low, high
 
     @model_validator(mode="after")
     def _limits_fit_the_type(self) -> Self:
@@ -100,7 +103,7 @@ class Field(Spec):
         if any(limit is not None and math.isnan(limit) for limit in (self.minimum, self.maximum)):
             raise ValueError(f"field {self.name!r}: a limit is not a number: leave it out")
         for name in self.refuse:
-            if name in _PLACES and getattr(self, name) is None:
+            if name in get_args(Limit) and getattr(self, name) is None:
                 raise ValueError(f"field {self.name!r} refuses loads for {name}, which it does not have")
         for name in self.warn:
             if getattr(self, name) is None:

@@ -5,6 +5,8 @@ The last line a benchmark prints is ``{"benchmark": NAME, "figures": {…}}``.
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import statistics
 import subprocess
@@ -70,6 +72,20 @@ def peer(name: str, requirements: Sequence[str]) -> Path:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
         done.write_text(wanted)
     return python
+
+
+def run_parts(benchmark: str, description: str | None, parts: Sequence[str], package: str) -> None:
+    """``python -m PACKAGE [PART …]``: reports the figures of all ``parts``, modules of ``package``, or of some."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all when none is given")
+    options = parser.parse_args()
+    if odd := sorted(set(options.parts) - set(parts)):
+        parser.error(f"there are no parts {odd}; there are {', '.join(parts)}")
+    found: dict[str, float] = {}
+    for part in options.parts or parts:
+        say(f"{part}:")
+        found |= importlib.import_module(f"{package}.{part}").figures()
+    report(benchmark, found)
 
 
 def say(text: str) -> None:

@@ -38,6 +38,20 @@ def listening(answer: Callable[[bytes], bytes]) -> Iterator[Listener]:
         made.close()
 
 
+class Held:
+    """Answers with what it was asked, once it may go on."""
+
+    def __init__(self) -> None:
+        self.under_way, self.go_on = threading.Event(), threading.Event()
+        self.answered: list[bytes] = []
+
+    def __call__(self, message: bytes) -> bytes:
+        self.under_way.set()
+        self.go_on.wait(5)
+        self.answered.append(message)
+        return message
+
+
 def asking(place: Place, act: Callable[[Line], Any]) -> Any:
     async def run() -> Any:
         line = await Line.connect(place)
@@ -160,27 +174,21 @@ def test_what_goes_wrong_there_is_told_here_and_the_next_is_answered() -> None:
 
 
 def test_who_is_no_longer_waited_for_is_not_answered() -> None:
-    under_way, go_on, answered = threading.Event(), threading.Event(), []
-
-    def answer(message: bytes) -> bytes:
-        under_way.set()
-        go_on.wait(5)
-        answered.append(message)
-        return message
+    held = Held()
 
     async def act(line: Line) -> Any:
         first = asyncio.ensure_future(line.ask(b"first"))
-        await asyncio.to_thread(under_way.wait, 5)
+        await asyncio.to_thread(held.under_way.wait, 5)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(line.ask(b"late"), 0.02)
         last = asyncio.ensure_future(line.ask(b"last"))
         await asyncio.sleep(0.02)
-        go_on.set()
+        held.go_on.set()
         return await first, await last
 
-    with listening(answer) as made:
+    with listening(held) as made:
         assert asking(made.place, act) == (b"first", b"last")
-    assert answered == [b"first", b"last"]
+    assert held.answered == [b"first", b"last"]
 
 
 def test_no_more_than_so_many_wait_at_once(monkeypatch) -> None:
@@ -405,23 +413,17 @@ def test_how_long_a_request_has_been_under_way_is_known() -> None:
 
 
 def test_nothing_is_computed_for_a_line_that_is_gone() -> None:
-    under_way, go_on, answered = threading.Event(), threading.Event(), []
-
-    def answer(message: bytes) -> bytes:
-        under_way.set()
-        go_on.wait(5)
-        answered.append(message)
-        return message
+    held = Held()
 
     async def act(line: Line) -> Any:
         waiting = asyncio.gather(line.ask(b"first"), line.ask(b"second"), return_exceptions=True)
-        await asyncio.to_thread(under_way.wait, 5)
+        await asyncio.to_thread(held.under_way.wait, 5)
         line.close()
         gone = await waiting
-        go_on.set()
+        held.go_on.set()
         return gone
 
-    with listening(answer) as made:
+    with listening(held) as made:
         assert [type(error) for error in asking(made.place, act)] == [Lost, Lost]
         assert asking(made.place, lambda line: line.ask(b"third")) == b"third"
-    assert answered == [b"first", b"third"]
+    assert held.answered == [b"first", b"third"]

@@ -141,6 +141,7 @@ def test_a_document_from_elsewhere_is_a_contract_once_its_columns_have_roles() -
         ),
         ("version: 2.0.0", "version: 2024-13-45", "is no document"),
         ("version: 2.0.0", "version: two", "describes no contract"),
+        ("team: {name: sales}\n", "", "who owns it is not said"),
         ("kind: DataContract", "kind: DataContract\nunheard: of", "is no document of the Open Data Contract Standard"),
         ("schema:", "schema: [", "is no document of the Open Data Contract Standard"),
     ],

@@ -214,3 +214,18 @@ def test_harm_is_reported_at_once_and_all_else_the_more_seldom_the_longer_a_roll
     assert not reports()
     now[0] += 2.0
     assert reports()
+
+
+def test_no_more_than_sixteen_copies_are_under_way_at_once():
+    one, _ = trial(hangs, weight=0.0, deadline_ms=50.0)
+
+    async def run() -> int:
+        copied = 0
+        while one.copies(f"k{copied}") and copied < 100:
+            one.copy(asked(1, key=f"k{copied}"), lambda *_: None)
+            copied += 1
+        await asyncio.sleep(0.1)
+        assert one.copies("k"), "they have been given up, so there is room again"
+        return copied
+
+    assert asyncio.run(run()) == 16

@@ -44,6 +44,6 @@ def test_several_nodes_may_not_use_what_belongs_to_one(home: Path, given: dict[s
 
 
 def test_a_deployment_counts_the_nodes_that_are_alive(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}, {"Alive": True}])
+    monkeypatch.setattr(app.session, "nodes", lambda: [{"Alive": True}, {"Alive": False}, {"Alive": True}])
     with pytest.raises(ReleaseError, match=r"2 nodes, .*TIDEGATE_STATE_URL"):
         app.deploy("aqua", Settings(home=home))

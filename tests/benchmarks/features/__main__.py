@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-
-from tests.benchmarks.harness import report
+from tests.benchmarks.harness import run_parts
 
 PARTS = ("windows", "joins", "reads", "ingest", "ingest_http")
 
-
-def main() -> None:
-    """Measures and reports."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.features", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is given")
-    options = parser.parse_args()
-    if odd := sorted(set(options.parts) - set(PARTS)):
-        parser.error(f"there are no parts {odd}; there are {', '.join(PARTS)}")
-    found: dict[str, float] = {}
-    for part in options.parts or PARTS:
-        found |= importlib.import_module(f"tests.benchmarks.features.{part}").figures()
-    report("features", found)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts("features", __doc__, PARTS, "tests.benchmarks.features")
