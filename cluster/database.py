@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event, insert, select, update
 from sqlalchemy.engine import URL
 
-from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING
+from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING, TOLD
 
 # The advisory lock that PostgreSQL's writers take: "tidegate" in ASCII.
 _WRITER_LOCK = 0x7469646567617465
@@ -274,6 +274,18 @@ class Database:
         with self.read() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else JournalEntry(row.sequence, row.kind, row.payload, row.at_us)
+
+    def told(self, usecase: str) -> int | None:
+        """The sequence up to which a use case's journal was announced; None when nobody began to."""
+        with self.read() as connection:
+            return connection.execute(select(TOLD.c.sequence).where(TOLD.c.usecase == usecase)).scalar()
+
+    def tell_until(self, usecase: str, sequence: int) -> None:
+        """Keeps that it was announced up to there."""
+        with self.write() as connection:
+            change = update(TOLD).where(TOLD.c.usecase == usecase).values(sequence=sequence)
+            if not connection.execute(change).rowcount:
+                connection.execute(insert(TOLD).values(usecase=usecase, sequence=sequence))
 
     def open_releases(self, usecase: str) -> list[str]:
         """The versions whose release was requested and has not ended, the oldest request first."""

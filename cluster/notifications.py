@@ -23,11 +23,27 @@ class NotificationFailed(ConnectionError):
     """The webhook did not take a notification; its URL, which may hold a secret, is in no message."""
 
 
-class Notifier:
-    """Tells ``url``; of the notifiers on one database one is at work. ``holder`` names this one."""
+class Webhook:
+    """A URL that takes JSON documents."""
 
-    def __init__(self, database: Database, url: str, holder: str) -> None:
-        self._database, self._url, self._holder = database, url, holder
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def send(self, document: dict[str, Any]) -> None:
+        """Posts the document; raises ``NotificationFailed`` when it is not taken."""
+        try:
+            answer = httpx.post(self._url, json=document, timeout=_TIMEOUT_S)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NotificationFailed(f"the webhook cannot be reached: {type(error).__name__}") from None
+        if not answer.is_success:
+            raise NotificationFailed(f"the webhook answered {answer.status_code}")
+
+
+class Notifier:
+    """Tells ``webhook``; of the notifiers on one database one is at work. ``holder`` names this one."""
+
+    def __init__(self, database: Database, webhook: Webhook, holder: str) -> None:
+        self._database, self._webhook, self._holder = database, webhook, holder
 
     def turn(self) -> int:
         """Sends what has not been sent, the oldest alert first, and returns how much that was.
@@ -41,7 +57,7 @@ class Notifier:
             if not self._at_work():
                 return sent
             change = Change.OPENED if row.told is None else Change.RESOLVED
-            self._send(_document(row, change))
+            self._webhook.send(_document(row, change))
             with self._database.write() as connection:
                 if row.told is None:
                     connection.execute(insert(NOTIFICATIONS).values(alert_id=row.id, told=change.value))
@@ -60,14 +76,6 @@ class Notifier:
         due = or_(and_(told.is_(None), resolved.is_(None)), and_(told == Change.OPENED.value, resolved.is_not(None)))
         with self._database.read() as connection:
             return list(connection.execute(select(ALERTS, told).select_from(both).where(due).order_by(ALERTS.c.id)))
-
-    def _send(self, document: dict[str, Any]) -> None:
-        try:
-            answer = httpx.post(self._url, json=document, timeout=_TIMEOUT_S)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NotificationFailed(f"the webhook cannot be reached: {type(error).__name__}") from None
-        if not answer.is_success:
-            raise NotificationFailed(f"the webhook answered {answer.status_code}")
 
 
 def _document(row: Row[Any], change: Change) -> dict[str, Any]:

@@ -84,6 +84,13 @@ ALERTS = Table(
     Index("alerts_by_subject", "name", "subject"),
 )
 
+TOLD = Table(
+    "told",
+    METADATA,
+    Column("usecase", String, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+)
+
 NOTIFICATIONS = Table(
     "notifications",
     METADATA,

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster.alerts import Alerts
 from cluster.clock import Clock, open_clock
 from cluster.database import Database, StaleEpoch, StaleJournal
-from cluster.notifications import NotificationFailed, Notifier
+from cluster.notifications import NotificationFailed, Notifier, Webhook
 from cluster.session import NAMESPACE
 from cluster.settings import Settings
 from cluster.tables import Tables
@@ -39,6 +39,7 @@ from pipelines.training.registry import Registry, RegistryError
 from pipelines.validation.arms import read_arms
 from pipelines.validation.paired import complete_days, paired_days
 from serving.rollout import audits
+from serving.rollout.announcements import Announcer
 from serving.rollout.controller import Controller
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.machine import Phase, State
@@ -70,6 +71,9 @@ class RolloutActor:
         # Nothing here may fail: Ray does not start an actor again whose constructor raised.
         self._usecase = usecase
         self._made: Controller | None = None
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        for told in ("cluster.alerts", "serving.rollout"):  # what becomes of alerts and releases is said in full
+            logging.getLogger(told).setLevel(logging.INFO)
         for work in (self._turn, self._read_labels, self._read_results, self._show, self._audit, self._notify):
             threading.Thread(target=self._ending_with_the_process, args=(work,), daemon=True).start()
 
@@ -242,17 +246,19 @@ class RolloutActor:
                 pause.wait(_AFTER_AUDIT_FAILURE_S)
 
     def _notify(self) -> None:
-        """Tells the webhook of alerts, if there is one; of several use cases' controllers one does."""
+        """Tells the webhook, if there is one, of this use case's releases, and of alerts; those, one controller does."""
         parts, pause = self._parts(), threading.Event()
         if parts.settings.webhook_url is None:
             return
-        notifier = Notifier(parts.database, parts.settings.webhook_url, f"{socket.gethostname()}:{os.getpid()}")
+        webhook = Webhook(parts.settings.webhook_url)
+        announcer = Announcer(self._usecase, parts.database, webhook)
+        notifier = Notifier(parts.database, webhook, f"{socket.gethostname()}:{os.getpid()}")
         while not pause.wait(_NOTIFY_S):
             try:
-                if notifier.turn():
+                if announcer.turn() + notifier.turn():
                     parts.alerts.resolve(NOTIFY_ALERT, self._usecase, "the webhook takes notifications again")
             except (NotificationFailed, SQLAlchemyError) as error:
-                logger.warning("alerts of %s were not sent: %s", self._usecase, error)
+                logger.warning("notifications of %s were not sent: %s", self._usecase, error)
                 _open(parts.alerts, NOTIFY_ALERT, self._usecase, error)
                 pause.wait(_AFTER_NOTIFY_FAILURE_S)
 

@@ -7,6 +7,7 @@ table without it. The Ray actor around it is ``serving.rollout.actor``.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -17,11 +18,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.clock import Clock
-from cluster.database import StaleEpoch, StaleJournal
+from cluster.database import JournalEntry, StaleEpoch, StaleJournal
 from pipelines.spec import ABTest, UseCase
 from pipelines.validation.arms import Arm
 from pipelines.validation.paired import PairedDay
 from serving.rollout import comparison
+from serving.rollout.announcements import announcement
 from serving.rollout.evidence import Report, Skew
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import Action, Verdict, judge
@@ -29,6 +31,8 @@ from serving.rollout.lookout import Lookout
 from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required
 from serving.rollout.projections import alerts, document, finite
 from serving.rollout.world import World
+
+logger = logging.getLogger(__name__)
 
 COMMANDS = {
     "pause": Kind.PAUSED,
@@ -55,6 +59,7 @@ class Controller:
         real: Callable[[], float] = time.monotonic,
         draw: Callable[[], str] = _salt,
     ) -> None:
+        self._use_case = use_case
         self._journal = journal
         self._world = world
         self._clock = clock
@@ -185,7 +190,10 @@ class Controller:
         except StaleJournal:
             self._reread()
             raise
+        before, entry = self.state, JournalEntry(following.sequence, kind, payload, self._clock.now())
         self._go_on_from(following)
+        if (line := announcement(self._use_case.name, before, self.state, entry)) is not None:
+            logger.info("%s", line)
 
     def _reread(self) -> None:
         """Another controller acted: its word counts."""

@@ -95,17 +95,19 @@ class Journal:
         """The entries after a sequence, in order."""
         return self._database.journal(self.stream, after=after)
 
-    def situation(self, known: Situation | None = None) -> Situation:
-        """The situation now: from ``known`` on, or from where the last rollout or test began.
+    def situation(self, known: Situation | None = None, until: int | None = None) -> Situation:
+        """The situation now, or after the entry ``until``: from ``known`` on, or from where the last rollout or test
+        began.
 
         The entry that ended the one before keeps the state, so older ones need not be replayed.
         """
         if known is not None and known.sequence:
             return replay(self.read(known.sequence), known)
-        began = (self._database.last_entry(self.stream, kind.value) for kind in (Kind.STARTED, Kind.TEST_STARTED))
+        end = None if until is None else until + 1
+        began = (self._database.last_entry(self.stream, kind.value, end) for kind in (Kind.STARTED, Kind.TEST_STARTED))
         begun = max((entry for entry in began if entry is not None), key=lambda entry: entry.sequence, default=None)
         before = self._before(begun)
-        return replay(self.read(before.sequence), before)
+        return replay((e for e in self.read(before.sequence) if end is None or e.sequence < end), before)
 
     def test(self) -> Situation | None:
         """The situation of the last A/B test: that of now, or that in which it ended; None when there was none."""

@@ -22,6 +22,7 @@ from cluster import processes, session
 from cluster.settings import Settings
 from serving.auth import owner_key
 from serving.client import Client
+from tests.receiver import Receiver, receiving
 
 HISTORY_DAYS, REPLAY_DAYS, TRIALS = 430, 76, 2
 
@@ -35,15 +36,18 @@ class DemoRun:
     output: str
     url: str
     key: str
+    webhook: Receiver
 
     def client(self, usecase: str = "aqua", **options: Any) -> Client:
         return Client(usecase, url=self.url, api_key=self.key, **options)
 
 
-def tidegate(*arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+def tidegate(*arguments: str, port: int, log: Path, webhook: str | None = None) -> subprocess.Popen[bytes]:
     """Starts the command as a user would, away from this process's own Ray settings."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TIDEGATE_"))}
     environment |= {"TIDEGATE_HTTP_PORT": str(port), "TIDEGATE_DRAIN_SECONDS": "0.5", "TIDEGATE_GATEWAY_REPLICAS": "2"}
+    if webhook is not None:
+        environment["TIDEGATE_WEBHOOK_URL"] = webhook
     with log.open("ab") as output:
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("tidegate")), *arguments],
@@ -55,10 +59,21 @@ def tidegate(*arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
+    with receiving() as webhook:
+        yield from _demo(tmp_path_factory, webhook)
+
+
+def _demo(tmp_path_factory: pytest.TempPathFactory, webhook: Receiver) -> Iterator[DemoRun]:
     folder = tmp_path_factory.mktemp("demo")
     home, log, port = folder / "home", folder / "output.txt", session.free_port()
     settings = Settings(
-        home=home, clock="replay", http_port=port, drain_seconds=0.5, gateway_replicas=2, drills=home / "drills.json"
+        home=home,
+        clock="replay",
+        http_port=port,
+        drain_seconds=0.5,
+        gateway_replicas=2,
+        drills=home / "drills.json",
+        webhook_url=webhook.url,
     )
     size = [
         "--home",
@@ -70,20 +85,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRun]:
         "--trials",
         str(TRIALS),
     ]
-    running = tidegate("demo", "aqua", *size, port=port, log=log)
+    running = tidegate("demo", "aqua", *size, port=port, log=log, webhook=webhook.url)
     try:
         first = _until_first_step(home, settings, running)
         running.send_signal(signal.SIGKILL)
         running.wait()
         assert processes.session_pids(first.environment_marker), "the killed demo's cluster should still run"
         log.write_bytes(b"")
-        running = tidegate("demo", "aqua", *size, "--keep", port=port, log=log)
+        running = tidegate("demo", "aqua", *size, "--keep", port=port, log=log, webhook=webhook.url)
         code = running.wait(timeout=900)
         output = log.read_text()
         assert code == 0, output
         assert processes.session_pids(first.environment_marker) == []
         steps = {s["step"]: s for s in json.loads((home / "report.json").read_text())["steps"]}
-        yield DemoRun(settings, steps, output, f"http://127.0.0.1:{port}", owner_key(settings))
+        yield DemoRun(settings, steps, output, f"http://127.0.0.1:{port}", owner_key(settings), webhook)
     finally:
         running.kill()
         session.down(settings)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import onnx
 import pytest
 
 from cluster import processes, session
+from pipelines.training.artifact import load as load_page
+from pipelines.training.artifact import write_page
 from pipelines.training.registry import Registry
 from serving.client import Client, TidegateError
 from serving.drills import Drill, register_copy
@@ -79,6 +85,46 @@ def copy(demo, client, drill: Drill | None = None) -> str:
     champion = client.rollout().champion
     assert champion is not None
     return register_copy("aqua", champion, drill, Registry(demo.settings), demo.settings)
+
+
+def brittle(demo, client, tmp_path: Path) -> str:
+    """A registered version that is the champion up to 40 degC and answers NaN above, as one trained on a cool year may;
+    its number.
+    """
+    champion, registry = client.rollout().champion, Registry(demo.settings)
+    source = registry.version("aqua", champion)
+    folder = tmp_path / "brittle"
+    shutil.copytree(registry.download("aqua", champion, demo.settings.cache_dir / "models"), folder)
+    artifact, model = load_page(folder), onnx.load(folder / "model.onnx")
+    (output,) = model.graph.output
+    for node in model.graph.node:
+        node.output[:] = ["in range" if name == output.name else name for name in node.output]
+    kind = output.type.tensor_type.elem_type
+    number = onnx.helper.make_tensor
+    model.graph.initializer.extend(
+        [
+            number("column", onnx.TensorProto.INT64, [], [artifact.numeric.index("temperature")]),
+            number("hottest", onnx.TensorProto.DOUBLE, [], [40.0]),
+            number("nothing", kind, [], [math.nan]),
+        ]
+    )
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("Gather", ["numeric", "column"], ["temperature"], axis=1),
+            onnx.helper.make_node("Greater", ["temperature", "hottest"], ["too hot"]),
+            onnx.helper.make_node("Where", ["too hot", "nothing", "in range"], [output.name]),
+        ]
+    )
+    onnx.save(model, folder / "model.onnx")
+    write_page(folder, artifact)
+    made = registry.register(
+        folder,
+        gates=json.loads(source.tags["gates"]),
+        gates_passed=source.gates_passed,
+        params={"copy_of": champion},
+        metrics={},
+    )
+    return made.version
 
 
 def answering(client: Client, version: str) -> None:

@@ -19,13 +19,12 @@ from typing import Any
 
 import pytest
 
-from cluster.database import Database, StaleJournal
+from cluster.database import Database
 from pipelines.spec import AfterWatch, CanaryStep, ReleasePolicy, Shadow
 from pipelines.spec.release import Assignment
 from pipelines.training.registry import Registry
 from serving.client import Client, TidegateError
 from serving.drills import Drill
-from serving.rollout.evidence import Report
 from serving.rollout.journal import Journal, replay
 from serving.rollout.machine import Kind
 from serving.wire import RolloutDifferences
@@ -34,6 +33,7 @@ from tests.deployment.releasing import (
     INSTANCE,
     Load,
     answering,
+    brittle,
     copy,
     finished,
     pids,
@@ -53,16 +53,6 @@ QUICK = ReleasePolicy(
 WATCHED = QUICK.model_copy(update={"watch": AfterWatch(share=1.0)})
 LONG = QUICK.model_copy(update={"steps": (CanaryStep(weight=0.5, requests=1_000_000, time=NOW),)})
 CYCLES = 5
-
-
-def tell(demo, report: Report) -> None:
-    """Journals a report as the controller does; that finds the entry, and it decides by it."""
-    journal = Journal(Database(demo.settings.database_url), "aqua")
-    while True:
-        situation = journal.situation()
-        with contextlib.suppress(StaleJournal):  # another report came between
-            journal.append(situation, Kind.EVIDENCE, report.model_dump(mode="json"), situation.evidence.stage_us)
-            return
 
 
 def differences(client: Client) -> RolloutDifferences | None:
@@ -121,8 +111,11 @@ def test_one_call_takes_the_champion_back_and_withdraws_what_is_being_tried(demo
 
 
 @pytest.mark.timeout(240)
-def test_a_promoted_version_is_watched_beside_the_one_before_it_which_answers_again_when_it_hurts(demo, client, load):
-    before, good = client.rollout().champion, copy(demo, client)
+def test_a_promoted_version_is_watched_beside_the_one_before_it_which_answers_again_when_it_hurts(
+    demo, client, load, tmp_path
+):
+    """It is the version before up to 40 degC, so nothing is found against it before the first hot day."""
+    before, good = client.rollout().champion, brittle(demo, client, tmp_path)
     client.rollout_start(good, policy=WATCHED)
     assert finished(client, good) == "promoted"
     until(lambda: client.rollout().evidence.copies > 300, "the version before it gets copies", 60)
@@ -130,11 +123,20 @@ def test_a_promoted_version_is_watched_beside_the_one_before_it_which_answers_ag
     assert (status.phase, status.champion, status.previous) == ("watching", good, before), "it is the same model"
     with pytest.raises(TidegateError, match="409 No version is being tried"):
         client.predict([INSTANCE], variant="challenger")
-    report = Report(gateway="another", sequence=1, rollout=status.rollout, errors={0.5: (30, 0)})
-    tell(demo, report)
+    hot, answers = [{**INSTANCE, "temperature": 44.0}], []
+
+    def back() -> bool:
+        answers.extend(client.predict(hot))
+        return answers[-1].model_version == before
+
+    until(back, "the version before answers again on a hot day", 60)
+    refused = [answer for answer in answers if answer.model_version == good]
+    assert all(answer.value is None and "output_refused" in answer.degraded for answer in refused)
+    assert answers[-1].value is not None
     until(lambda: went_back(load, before), "every gateway answers from the version before", 5)
     status = client.rollout()
     assert (status.phase, status.champion, status.previous, status.reverted) == ("idle", before, None, good)
+    assert len(refused) < 400, "callers were not hurt for long"
 
 
 @pytest.mark.timeout(240)
@@ -293,6 +295,25 @@ def test_the_journal_tells_the_whole_story_and_its_replay_agrees_with_what_serve
     assert sum(e.kind == Kind.WITHDRAWN for e in entries) == len(begun) + tests
 
 
+def test_the_webhook_is_told_of_every_release_and_of_its_alerts(demo, client):
+    ends = (Kind.PROMOTED, Kind.ROLLED_BACK, Kind.ABORTED)
+    worth = {
+        e.sequence: e.kind
+        for e in Journal(Database(demo.settings.database_url), "aqua").read()
+        if e.kind in (Kind.ADOPTED, Kind.STARTED, Kind.ADVANCED, *ends)
+    }
+    assert set(ends) < set(worth.values())
+
+    def told() -> bool:
+        releases = {d["release"]["sequence"]: d["change"] for d in demo.webhook.told if "release" in d}
+        return worth.items() <= releases.items()
+
+    until(told, "the webhook is told of all of them", 30)
+    alerts = [(d["change"], d["alert"]["name"]) for d in demo.webhook.told if "alert" in d]
+    for change in ("opened", "resolved"):
+        assert (change, "rollout_rolled_back") in alerts
+
+
 def test_commands_fit_the_phase(demo, client):
     with pytest.raises(TidegateError) as refused:
         client.rollout_command("abort")
@@ -344,12 +365,17 @@ def test_a_rollout_is_started_and_steered_by_the_command(demo, client):
 
 
 @pytest.mark.timeout(240)
-def test_a_use_case_is_deployed_anew_by_the_command_and_its_release_stays_where_it_was(demo, client):
+def test_a_use_case_is_deployed_anew_under_load_and_its_release_stays_where_it_was(demo, client, load):
+    """New gateways take over from those that drain; no request fails, and none is repeated."""
     before, (controller,) = client.rollout(), pids(demo, "ray::RolloutActor")
+    gateways = replicas(demo, "aqua")
     done = tidegate(demo, "deploy", "aqua")
     assert done.returncode == 0, done.stderr
     assert f"aqua: version {before.champion} answers" in done.stdout
     assert pids(demo, "ray::RolloutActor") not in ([], [controller])
+    until(lambda: not set(replicas(demo, "aqua")) & set(gateways), "new gateways answer", 60)
+    answered = load.answers
+    until(lambda: load.answers > answered + 200, "callers go on", 60)
     assert client.rollout() == before
     (answer,) = client.predict([INSTANCE])
     assert answer.model_version == before.champion
