@@ -42,6 +42,8 @@ def arrow_type(field: Field) -> pa.DataType:
     """The Arrow type of a field's column."""
     if field.type is FieldType.DECIMAL:
         return pa.decimal128(field.precision or 38, field.scale or 0)
+    if field.type is FieldType.LIST:
+        return pa.list_(arrow_type(field.item))
     return _ARROW[field.type]
 
 

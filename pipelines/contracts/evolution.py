@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from pipelines.spec import Contract, Field, FieldType, Severity
+from pipelines.spec import Contract, Field, FieldType, ServiceLevel, Severity
 from pipelines.spec.expression import columns
 
 
@@ -56,6 +56,15 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "max_length_lowered": (_W, "text of a length between the two is refused"),
     "max_length_raised": (_R, "text of a length between the two comes now"),
     "max_length_removed": (_R, "text of any longer length comes now"),
+    "items_changed": (_B, "old lists are refused, and new ones are of other values"),
+    "min_items_added": (_W, "shorter lists are refused"),
+    "min_items_raised": (_W, "lists of a length between the two are refused"),
+    "min_items_lowered": (_R, "lists of a length between the two come now"),
+    "min_items_removed": (_R, "lists of any shorter length come now"),
+    "max_items_added": (_W, "longer lists are refused"),
+    "max_items_lowered": (_W, "lists of a length between the two are refused"),
+    "max_items_raised": (_R, "lists of a length between the two come now"),
+    "max_items_removed": (_R, "lists of any longer length come now"),
     "pattern_added": (_W, "text of another form is refused"),
     "pattern_removed": (_R, "text of any form comes now"),
     "pattern_changed": (_B, "text of the old form may be refused, and other text may come"),
@@ -97,6 +106,9 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "load_warning_changed": (_N, "other loads come with a warning"),
     "load_rule_softened": (_R, "loads that break it are published now, with a warning"),
     "load_rule_hardened": (_W, "loads that break it are refused, which were published with a warning"),
+    "service_level_added": (_N, "more is promised"),
+    "service_level_removed": (_R, "it is promised no more"),
+    "service_level_changed": (_R, "something else is promised"),
     "owner_changed": (_N, "words"),
     "description_changed": (_N, "words"),
     "contract_renamed": (_B, "it is another contract to everything that goes by its name"),
@@ -152,6 +164,7 @@ def diff(old: Contract, new: Contract) -> tuple[Change, ...]:
         else:
             found.append(Change("field_added" if field.nullable else "required_field_added", name, None, field.type))
     found += _of_rules(old, new)
+    found += _of_sla(old, new)
     found += [Change("field_removed", name, before[name].type, None) for name in before if name not in after]
     kept = [name for name in before if name in after]
     if list(after)[: len(kept)] != kept:  # one that is added comes after those there are, or these change their places
@@ -205,6 +218,8 @@ def _of_field(old: Field, new: Field, *, identifies: bool) -> Iterator[Change]:
         }
         kind = "type_changed" if identifies else kinds.get((old.type, new.type), "type_changed")
         yield Change(kind, name, old.type, new.type)
+    elif old.items is not new.items:
+        yield Change("items_changed", name, old.items, new.items)
     elif old.scale != new.scale:
         yield Change("scale_changed", name, old.scale, new.scale)
     elif old.precision is not None and new.precision is not None and old.precision != new.precision:
@@ -263,6 +278,26 @@ def _of_rules(old: Contract, new: Contract) -> Iterator[Change]:
         yield replace(change, reads=reads.get(change.field or "", frozenset()))
 
 
+def _of_sla(old: Contract, new: Contract) -> Iterator[Change]:
+    before, after = ({_promised(level): level for level in contract.sla} for contract in (old, new))
+    for name, level in after.items():
+        had = before.get(name)
+        said = f"{level.value} {level.unit or ''}".strip()
+        if had is None:
+            yield Change("service_level_added", name, None, said)
+        elif (had.value, had.unit) != (level.value, level.unit):
+            yield Change("service_level_changed", name, f"{had.value} {had.unit or ''}".strip(), said)
+        elif had.description != level.description:
+            yield Change("description_changed", name, had.description, level.description)
+    for name, level in before.items():
+        if name not in after:
+            yield Change("service_level_removed", name, f"{level.value} {level.unit or ''}".strip(), None)
+
+
+def _promised(level: ServiceLevel) -> str:
+    return f"sla {level.name}" + (f" of {level.element}" if level.element is not None else "")
+
+
 def _of_named(
     of: str, before: Mapping[str, tuple[Severity, str]], after: Mapping[str, tuple[Severity, str]]
 ) -> Iterator[Change]:
@@ -319,6 +354,8 @@ _LIMITS: dict[str, Callable[[str, str, Any, Any], Iterator[Change]]] = {
     "maximum": _of_limit,
     "min_length": _of_limit,
     "max_length": _of_limit,
+    "min_items": _of_limit,
+    "max_items": _of_limit,
     "pattern": _of_pattern,
     "allowed": _of_allowed,
 }

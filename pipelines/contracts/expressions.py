@@ -67,7 +67,8 @@ def _many(node: Node, table: pa.Table) -> Any:
                 return pc.divide(pc.subtract(one, other).cast(pa.float64(), safe=False), _MICROSECONDS)
             return _ARROW_ARITHMETIC[sign](one, other)
         case Call("len", of):
-            return pc.utf8_length(_many(of, table)).cast(pa.float64())
+            length = pc.list_value_length if of.kind is Kind.LIST else pc.utf8_length
+            return length(_many(of, table)).cast(pa.float64())
         case Call("abs", of):
             return pc.abs(_many(of, table))
         case Call("neg", of):

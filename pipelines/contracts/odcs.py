@@ -31,6 +31,7 @@ from pipelines.spec import (
     Freshness,
     LoadRule,
     Rule,
+    ServiceLevel,
     Severity,
 )
 
@@ -43,6 +44,7 @@ _LOGICAL = {
     FieldType.BOOLEAN: "boolean",
     FieldType.DECIMAL: "number",
     FieldType.TIMESTAMP: "timestamp",
+    FieldType.LIST: "array",
 }
 _TYPES = {logical: kind for kind, logical in _LOGICAL.items() if kind is not FieldType.DECIMAL}
 _DECIMAL = re.compile(r"(?i:decimal|numeric)\s*\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\)")
@@ -53,6 +55,7 @@ _OPTIONS = {
     "max_length": "maxLength",
     "pattern": "pattern",
 }
+_ITEMS_OPTIONS = {"min_items": "minItems", "max_items": "maxItems"}
 _ROLES = ("entity", "time", "delay", "lateness", "future", "max_rejected_share")
 _LOAD_RULES: TypeAdapter[LoadRule] = TypeAdapter(LoadRule)
 
@@ -90,23 +93,41 @@ def to_odcs(contract: Contract) -> str:
                 quality=rules or None,
             )
         ],
-        slaProperties=[
-            ServiceLevelAgreementProperty(
-                property="freshness",
-                value=rule.max_age.total_seconds(),
-                unit="s",
-                element=f"{contract.name}.{contract.time}",
-            )
-            for rule in contract.load_rules
-            if isinstance(rule, Freshness)
-        ]
-        or None,
+        slaProperties=[*_promised(contract), *_enforced(contract)] or None,
         customProperties=[
             CustomProperty(property=_ENGINE, value=contract.model_dump(mode="json", include=set(_ROLES))),
         ],
     )
     text: str = document.to_yaml()
     return text
+
+
+def _promised(contract: Contract) -> list[ServiceLevelAgreementProperty]:
+    return [
+        ServiceLevelAgreementProperty(
+            property=level.name,
+            value=level.value,
+            unit=level.unit,
+            element=None if level.element is None else f"{contract.name}.{level.element}",
+            description=level.description or None,
+        )
+        for level in contract.sla
+    ]
+
+
+def _enforced(contract: Contract) -> list[ServiceLevelAgreementProperty]:
+    """What follows from rules of loads; it is written for others, and not read again."""
+    return [
+        ServiceLevelAgreementProperty(
+            property="freshness",
+            value=rule.max_age.total_seconds(),
+            unit="s",
+            element=f"{contract.name}.{contract.time}",
+            driver=_ENGINE,
+        )
+        for rule in contract.load_rules
+        if isinstance(rule, Freshness)
+    ]
 
 
 def from_odcs(text: str) -> Contract:
@@ -149,15 +170,56 @@ def _read(document: OpenDataContractStandard) -> Contract:
         key=tuple(column.name or "" for column in keyed),
         rules=rules,
         load_rules=load_rules,
+        sla=tuple(_to_level(level, table) for level in document.slaProperties or () if level.driver != _ENGINE),
         **roles,
     )
 
 
+def _to_level(level: ServiceLevelAgreementProperty, table: SchemaObject) -> ServiceLevel:
+    kept = ("id", "property", "value", "unit", "element", "description", "driver")
+    if other := sorted(level.model_dump(exclude_none=True, exclude=set(kept))):
+        raise NotReadable(f"service level {level.property!r} has {other}, which a contract has no place for")
+    if level.value is None:
+        raise NotReadable(f"service level {level.property!r} has no value")
+    return ServiceLevel(
+        name=level.property or "",
+        value=level.value,
+        unit=level.unit,
+        element=None if level.element is None else level.element.removeprefix(f"{table.name}."),
+        description=level.description or "",
+    )
+
+
 def _of_field(contract: Contract, field: Field) -> SchemaProperty:
+    own = field.model_dump(mode="json", include={"unit", "warn", "refuse"}, exclude_defaults=True)
+    common: dict[str, Any] = {
+        "name": field.name,
+        "required": None if field.nullable else True,
+        "description": field.description or None,
+        "customProperties": [CustomProperty(property=_ENGINE, value=own)] if own else None,
+    }
+    if field.type is FieldType.LIST:
+        options = {theirs: getattr(field, ours) for ours, theirs in _ITEMS_OPTIONS.items()}
+        return SchemaProperty(
+            **common,
+            logicalType=_LOGICAL[field.type],
+            physicalType=f"list<{field.items}>",
+            logicalTypeOptions={name: value for name, value in options.items() if value is not None} or None,
+            items=SchemaProperty(name="item", **_of_values(field.item)),
+        )
+    return SchemaProperty(
+        **common,
+        **_of_values(field),
+        primaryKey=True if field.name in contract.key else None,
+        primaryKeyPosition=contract.key.index(field.name) + 1 if field.name in contract.key else None,
+    )
+
+
+def _of_values(field: Field) -> dict[str, Any]:
+    """What is said of single values: those of a field, or those in its lists."""
     options: dict[str, Any] = {theirs: getattr(field, ours) for ours, theirs in _OPTIONS.items()}
     if field.type is FieldType.TIMESTAMP:
         options |= {"timezone": True}
-    own = field.model_dump(mode="json", include={"unit", "warn", "refuse"}, exclude_defaults=True)
     quality = []
     if field.allowed is not None:
         quality.append(
@@ -169,27 +231,55 @@ def _of_field(contract: Contract, field: Field) -> SchemaProperty:
                 severity="warning" if "allowed" in field.warn else "error",
             )
         )
-    return SchemaProperty(
-        name=field.name,
-        logicalType=_LOGICAL[field.type],
-        physicalType=f"decimal({field.precision},{field.scale})" if field.precision else field.type.value,
-        required=None if field.nullable else True,
-        primaryKey=True if field.name in contract.key else None,
-        primaryKeyPosition=contract.key.index(field.name) + 1 if field.name in contract.key else None,
-        logicalTypeOptions={name: value for name, value in options.items() if value is not None} or None,
-        description=field.description or None,
-        examples=None if field.example is None else [field.example],
-        quality=quality or None,
-        customProperties=[CustomProperty(property=_ENGINE, value=own)] if own else None,
-    )
+    return {
+        "logicalType": _LOGICAL[field.type],
+        "physicalType": f"decimal({field.precision},{field.scale})" if field.precision else field.type.value,
+        "logicalTypeOptions": {name: value for name, value in options.items() if value is not None} or None,
+        "examples": None if field.example is None else [field.example],
+        "quality": quality or None,
+    }
 
 
 def _to_field(column: SchemaProperty) -> Field:
-    kind: FieldType | None = _TYPES.get(column.logicalType or "")
+    kind = _TYPES.get(column.logicalType or "")
     if kind is None:
         raise NotReadable(
             f"column {column.name!r} is of logical type {column.logicalType!r}, and a contract has {', '.join(_TYPES)}"
         )
+    if kind is FieldType.LIST:
+        return _to_list(column)
+    return _to_single(column, kind)
+
+
+def _to_list(column: SchemaProperty) -> Field:
+    if column.items is None or column.quality or column.unique:
+        raise NotReadable(
+            f"column {column.name!r} is an array: it needs items, and quality rules of the whole array, or that it is "
+            "unique, are not enforced here"
+        )
+    options = dict(column.logicalTypeOptions or {})
+    lengths = {ours: options.pop(theirs) for ours, theirs in _ITEMS_OPTIONS.items() if theirs in options}
+    if options:
+        raise NotReadable(f"column {column.name!r} has options that are not enforced here: {sorted(options)}")
+    kind = _TYPES.get(column.items.logicalType or "")
+    if kind is None:
+        raise NotReadable(f"the items of column {column.name!r} are of logical type {column.items.logicalType!r}")
+    own = _custom(column.customProperties).get(_ENGINE, {})
+    single = _to_single(column.items.model_copy(update={"name": column.name, "required": True}), kind)
+    limits = {name: getattr(single, name) for name in (*_OPTIONS, "allowed", "example")}
+    return Field(
+        name=column.name or "",
+        type=FieldType.LIST,
+        items=single.type,
+        nullable=not column.required,
+        description=column.description or "",
+        **limits,
+        **lengths,
+        **{**own, "warn": tuple(dict.fromkeys((*own.get("warn", ()), *single.warn)))},
+    )
+
+
+def _to_single(column: SchemaProperty, kind: FieldType) -> Field:
     digits = _DECIMAL.fullmatch(column.physicalType or "") if kind is FieldType.FLOAT else None
     exact: dict[str, Any] = {}
     if digits is not None:

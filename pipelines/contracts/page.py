@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from pipelines.contracts import rules
 from pipelines.contracts.events import from_microseconds
-from pipelines.spec import Contract, Field, FieldType, Severity
+from pipelines.spec import Contract, Field, FieldType, ServiceLevel, Severity
 
 EXAMPLES = 20
 """So many refused rows are shown."""
@@ -46,6 +46,7 @@ def load_page(
         "contract": f"{contract.name} {contract.version}, owned by {contract.owner}",
         "began": f"{from_microseconds(as_of_us):%Y-%m-%d %H:%M} UTC",
         "status": report["status"],
+        **({"promised": "; ".join(map(_promise, contract.sla))} if contract.sla else {}),
         "rows": f"{report['rows_in']:,} came, {report['accepted']:,} were accepted, {report['quarantined']:,} refused",
     }
     parts = [f"<h1>{escape(title)}</h1>", _table(facts.items())]
@@ -68,6 +69,11 @@ def load_page(
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
+
+
+def _promise(level: ServiceLevel) -> str:
+    of = f" of {level.element}" if level.element is not None else ""
+    return f"{level.name}{of} {level.value}" + (f" {level.unit}" if level.unit else "")
 
 
 def _rules_part(contract: Contract, report: Mapping[str, Any]) -> str:

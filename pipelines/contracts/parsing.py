@@ -6,6 +6,8 @@ nothing is coerced beyond what ``from_arrow``, ``from_text`` and ``from_records`
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,7 @@ _KINDS: dict[FieldType, set[type]] = {
     FieldType.DECIMAL: set(),
     FieldType.TIMESTAMP: set(),
 }
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
 
 class AmbiguousColumns(ValueError):
@@ -69,7 +72,7 @@ def from_arrow(contract: Contract, table: pa.Table) -> Parsed:
     """Reads typed columns: any width of integer or float, decimals for floats, timestamps with a zone.
 
     Strings are read as instants or decimals where the contract wants one, never as other numbers; no float is a
-    decimal. A column of another type
+    decimal. A list with a null in it is none. A column of another type
     breaks ``type`` in every row that is not null. A field whose metadata names another unit than the contract
     breaks ``unit`` in every row, an extra column ``unknown``.
     """
@@ -83,7 +86,7 @@ def from_arrow(contract: Contract, table: pa.Table) -> Parsed:
 
 
 def from_text(contract: Contract, table: pa.Table) -> Parsed:
-    """Reads strings as CSV means them: null (an empty cell), decimal numbers, true/false/1/0, RFC 3339."""
+    """Reads strings as CSV means them: null (an empty cell), numbers, true/false/1/0, RFC 3339, lists as JSON."""
     return _assemble(contract, table, _text, [])
 
 
@@ -187,7 +190,22 @@ def _typed(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]
         return _values(field, column.to_pylist())
     if field.type is FieldType.TIMESTAMP and pa.types.is_timestamp(kind) and kind.tz is not None:
         return _instants(column)
+    if field.type is FieldType.LIST and any(is_list(kind) for is_list in _LISTS):
+        values, _ = _typed(field.item, pc.list_flatten(column))
+        lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        return _lists(field, values, lengths, _mask(column.is_null()))
     return pa.nulls(len(column), arrow_type(field)), _mask(column.is_valid())
+
+
+def _lists(field: Field, values: pa.Array, lengths: np.ndarray, null: np.ndarray) -> tuple[pa.Array, np.ndarray | None]:
+    """Lists of those ``lengths``, 0 where they are ``null``; one with a value that could not be read is bad."""
+    bad = np.zeros(len(lengths), dtype=bool)
+    if values.null_count:
+        places = np.repeat(np.arange(len(lengths)), lengths)
+        bad[places[_mask(values.is_null())]] = True
+        values, lengths = values.filter(pa.array(~bad[places])), np.where(bad, 0, lengths)
+    ends = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.ListArray.from_arrays(ends, values, arrow_type(field), mask=pa.array(null | bad)), bad
 
 
 def _instants(column: pa.TimestampArray) -> tuple[pa.Array, np.ndarray | None]:
@@ -207,6 +225,8 @@ def _instants(column: pa.TimestampArray) -> tuple[pa.Array, np.ndarray | None]:
 def _text(field: Field, column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
     if field.type is FieldType.STRING:
         return column, None
+    if field.type is FieldType.LIST:
+        return _values(field, [None if text is None else _json(text) for text in column.to_pylist()])
     pattern, parse = _TEXT[field.type]
     fits = pc.match_substring_regex(column, rf"\A(?:{pattern})\z")
     try:
@@ -237,6 +257,8 @@ def _keep(
 
 def _values(field: Field, values: list[Any]) -> tuple[pa.Array, np.ndarray | None]:
     """One column of JSON values; values of exactly the right Python types take the fast way."""
+    if field.type is FieldType.LIST:
+        return _value_lists(field, values)
     kinds = set(map(type, values))
     kinds.discard(type(None))
     if kinds <= _KINDS[field.type]:
@@ -255,6 +277,25 @@ def _values(field: Field, values: list[Any]) -> tuple[pa.Array, np.ndarray | Non
         moments = [None if t is None else to_microseconds(t) for t in typed]
         return pa.array(moments, pa.int64()).cast(INSTANT), bad
     return pa.array(typed, arrow_type(field)), bad
+
+
+def _value_lists(field: Field, values: list[Any]) -> tuple[pa.Array, np.ndarray | None]:
+    lists = [value if isinstance(value, list) else [] for value in values]
+    flat, _ = _values(field.item, list(itertools.chain.from_iterable(lists)))
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    none = np.fromiter((not isinstance(value, list) for value in values), bool, len(values))
+    column, bad = _lists(field, flat, lengths, none)
+    other = np.fromiter((value is not None for value in values), bool, len(values)) & none
+    return column, other if bad is None else bad | other
+
+
+def _json(text: str) -> Any:
+    """What JSON text says, and what is no list to anybody where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if found is None else found
 
 
 def _to_float(value: Any) -> float | None:

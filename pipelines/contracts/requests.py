@@ -5,6 +5,7 @@ For every record the verdict and the rule ids are those of ``pipelines.contracts
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,9 @@ def _example(field: Field) -> Any:
         smallest, largest = rules.decimal_bounds(field)
         zero = Decimal(0)
         return format(max(smallest, zero) if smallest is not None else min(largest or zero, zero), "f")
+    if field.type is FieldType.LIST:
+        few = 1 if field.max_items is None else min(1, field.max_items)
+        return [_example(field.item)] * max(few, field.min_items or 0)
     if field.example is not None:
         return int(field.example) if field.type is FieldType.INTEGER else field.example
     low, high = rules.bounds(field)
@@ -172,16 +176,22 @@ def _annotation(field: Field) -> Any:
     elif field.type is FieldType.DECIMAL:
         spelt = {"anyOf": [{"type": "string", "pattern": f"^{rules.DECIMAL_TEXT}$"}, {"type": "integer"}]}
         kind = Annotated[Any, PlainValidator(_decimal(field)), WithJsonSchema(spelt)]
+    elif field.type is FieldType.LIST:
+        make: Any = list  # the type is known only now, which no checker can follow
+        many: TypeAdapter[list[Any]] = TypeAdapter(make[_annotation(field.item)], config=ConfigDict(strict=True))
+        extra = {"minItems": field.min_items, "maxItems": field.max_items}
+        shown = {**many.json_schema(), **{key: value for key, value in extra.items() if value is not None}}
+        kind = Annotated[Any, PlainValidator(_list(field, many)), WithJsonSchema(shown)]
     elif field.type is FieldType.TIMESTAMP:
         kind = Annotated[datetime, PlainValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})]
     else:
-        extra = {
+        texts = {
             "minLength": field.min_length,
             "maxLength": field.max_length,
             "pattern": None if field.pattern is None else f"^(?:{field.pattern})$",
             "enum": list(field.allowed) if field.allowed is not None else None,
         }
-        shown = {key: value for key, value in extra.items() if value is not None}
+        shown = {key: value for key, value in texts.items() if value is not None}
         kind = Annotated[str, AfterValidator(_string_rules(field)), PydanticField(json_schema_extra=cast(Any, shown))]
     text = "; ".join(part for part in (field.description, f"in {field.unit}" if field.unit else "") if part)
     kind = Annotated[kind | None if field.nullable else kind, PydanticField(description=text or None)]
@@ -210,6 +220,27 @@ def _decimal(field: Field) -> Callable[[Any], Decimal]:
     return read
 
 
+def _list(field: Field, many: TypeAdapter[list[Any]]) -> Callable[[Any], list[Any]]:
+    item, limits = field.item, _items_limits(field)
+
+    def read(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise _broken(rules.TYPE)
+        found, broken = value, {kind for kind, breaks in limits if breaks(value)}
+        try:
+            found = many.validator.validate_python(value)
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_context=True)
+            broken.update(itertools.chain.from_iterable(_kinds(item, detail) for detail in details))
+        if broken & {rules.TYPE, rules.MISSING}:  # then it is no list of that type, and breaks nothing else
+            raise _broken(rules.TYPE)
+        if broken:
+            raise _broken(*broken)
+        return found
+
+    return read
+
+
 def _string_rules(field: Field) -> Callable[[str], str]:
     limits = _limits(field)
 
@@ -225,7 +256,9 @@ def _string_rules(field: Field) -> Callable[[str], str]:
 
 
 def _limits(field: Field) -> Limits:
-    """What tells, by rule, whether a typed value breaks a limit."""
+    """What tells, by rule, whether a typed value breaks a limit; a list breaks those that any value in it breaks."""
+    if field.type is FieldType.LIST:
+        return [(kind, _any(breaks)) for kind, breaks in _limits(field.item)] + _items_limits(field)
     low, high = rules.decimal_bounds(field) if field.type is FieldType.DECIMAL else rules.bounds(field)
     shortest, longest, allowed = field.min_length or 0, field.max_length or 0, frozenset(field.allowed or ())
     matches = re.compile(field.pattern or "").fullmatch
@@ -236,6 +269,19 @@ def _limits(field: Field) -> Limits:
         (rules.MAX_LENGTH, field.max_length, lambda value: len(value) > longest),
         (rules.PATTERN, field.pattern, lambda value: matches(value) is None),
         (rules.ALLOWED, field.allowed, lambda value: value not in allowed),
+    )
+    return [(kind, breaks) for kind, limit, breaks in limits if limit is not None]
+
+
+def _any(breaks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: any(map(breaks, values))
+
+
+def _items_limits(field: Field) -> Limits:
+    fewest, most = field.min_items or 0, field.max_items or 0
+    limits: tuple[tuple[str, Any, Callable[[Any], bool]], ...] = (
+        (rules.MIN_ITEMS, field.min_items, lambda values: len(values) < fewest),
+        (rules.MAX_ITEMS, field.max_items, lambda values: len(values) > most),
     )
     return [(kind, breaks) for kind, limit, breaks in limits if limit is not None]
 
@@ -322,7 +368,7 @@ def _message(field: Field, kind: str, value: Any) -> str:
     unit = f" {field.unit}" if field.unit else ""
     wants = {
         rules.MISSING: "must be given and not null",
-        rules.TYPE: f"must be {_WANTED[field.type]}",
+        rules.TYPE: f"must be {_wanted(field)}",
         rules.FINITE: "must be a finite number",
         rules.MINIMUM: f"must be at least {field.minimum}{unit}",
         rules.MAXIMUM: f"must be at most {field.maximum}{unit}",
@@ -330,8 +376,18 @@ def _message(field: Field, kind: str, value: Any) -> str:
         rules.MAX_LENGTH: f"must have at most {field.max_length} characters",
         rules.PATTERN: f"must match {field.pattern!r} as a whole",
         rules.ALLOWED: f"must be one of {list(field.allowed or ())}",
+        rules.MIN_ITEMS: f"must have at least {field.min_items} values",
+        rules.MAX_ITEMS: f"must have at most {field.max_items} values",
     }
-    return f"{field.name} {wants[kind]}" + ("" if kind == rules.MISSING else f", got {_shown(value)}")
+    whole = field.type is not FieldType.LIST or kind in (rules.MISSING, rules.TYPE, rules.MIN_ITEMS, rules.MAX_ITEMS)
+    what = field.name if whole else f"every value of {field.name}"
+    return f"{what} {wants[kind]}" + ("" if kind == rules.MISSING else f", got {_shown(value)}")
+
+
+def _wanted(field: Field) -> str:
+    if field.items is not None:
+        return f"a list, and every value of it {_WANTED[field.items]}"
+    return _WANTED[field.type]
 
 
 _WANTED = {

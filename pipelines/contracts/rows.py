@@ -116,6 +116,8 @@ def _field_rules(
         yield from _decimal_rules(field, column)
     elif field.type is FieldType.STRING:
         yield from _string_rules(field, column)
+    elif field.type is FieldType.LIST:
+        yield from _list_rules(field, column)
     elif field.name == contract.time:
         latest = rules.latest_us(contract, now_us)
         moments = column.cast(pa.int64())
@@ -167,6 +169,22 @@ def _string_rules(field: Field, column: pa.Array) -> Iterator[tuple[str, np.ndar
         if any(bad):
             mask = np.array(bad)[codes]
             yield rule, mask & column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else mask
+
+
+def _list_rules(field: Field, column: pa.ListArray) -> Iterator[tuple[str, np.ndarray]]:
+    """A list breaks what any value in it does."""
+    values, places = pc.list_flatten(column), pc.list_parent_indices(column)
+    judged = _string_rules if field.items is FieldType.STRING else _number_rules
+    if len(values) and field.items is not FieldType.BOOLEAN:
+        for rule, bad in judged(field.item, values):
+            mask = np.zeros(len(column), dtype=bool)
+            mask[places.to_numpy()[bad]] = True
+            yield rule, mask
+    lengths = pc.list_value_length(column)
+    if field.min_items is not None:
+        yield rules.MIN_ITEMS, pc.less(lengths, field.min_items).fill_null(False).to_numpy(zero_copy_only=False)
+    if field.max_items is not None:
+        yield rules.MAX_ITEMS, pc.greater(lengths, field.max_items).fill_null(False).to_numpy(zero_copy_only=False)
 
 
 def _bad_strings(field: Field, distinct: list[str]) -> Iterator[tuple[str, list[bool]]]:

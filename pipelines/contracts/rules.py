@@ -19,9 +19,12 @@ from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 from pipelines.spec.base import microseconds
 
 MISSING, TYPE, FINITE, MINIMUM, MAXIMUM = "missing", "type", "finite", "minimum", "maximum"
-MIN_LENGTH, MAX_LENGTH = "min_length", "max_length"
+MIN_LENGTH, MAX_LENGTH, MIN_ITEMS, MAX_ITEMS = "min_length", "max_length", "min_items", "max_items"
 PATTERN, ALLOWED, FUTURE, UNIT, UNKNOWN = "pattern", "allowed", "future", "unit", "unknown"
-_ORDER = (MISSING, TYPE, FINITE, MINIMUM, MAXIMUM, MIN_LENGTH, MAX_LENGTH, PATTERN, ALLOWED, FUTURE, UNIT)
+_ORDER = (
+    *(MISSING, TYPE, FINITE, MINIMUM, MAXIMUM, MIN_LENGTH, MAX_LENGTH),
+    *(PATTERN, ALLOWED, MIN_ITEMS, MAX_ITEMS, FUTURE, UNIT),
+)
 
 ROW_UNREADABLE = "row.unreadable"  # not a JSON object, or a CSV line with another number of cells
 FILE_UNREADABLE = "file.unreadable"

@@ -1,7 +1,7 @@
 """The vocabulary: frozen specifications without Ray and without I/O. Engines read it; it reads no engine."""
 
 from pipelines.spec.abtest import ABTest, Goal, Measure, Variant
-from pipelines.spec.contract import Contract, Field, FieldType, Rule
+from pipelines.spec.contract import Contract, Field, FieldType, Rule, ServiceLevel
 from pipelines.spec.fallback import Fallback
 from pipelines.spec.features import Calendar, Derived, Dimension, FeatureView, Fold, Lag, Neighbours, Window
 from pipelines.spec.loads import (
@@ -68,6 +68,7 @@ __all__ = [
     "RetrainPolicy",
     "Rule",
     "SearchSpace",
+    "ServiceLevel",
     "Severity",
     "Shadow",
     "Silence",

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     TEXT = "text"
     INSTANT = "an instant"
     EXACT = "a decimal"
+    LIST = "a list"
     TRUTH = "true or false"
 
 
@@ -56,7 +57,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Call:
-    """``abs`` of a number, its negative, or the ``len`` of text, in code points."""
+    """``abs`` of a number, its negative, or the ``len`` of text, in code points, or of a list."""
 
     function: Literal["abs", "neg", "len"]
     of: Node
@@ -186,8 +187,11 @@ class _Reader:
                 parts = tuple(self.want(self.read(value), Kind.TRUTH, value) for value in values)
                 return Logic("and" if isinstance(operator, ast.And) else "or", parts)
             case ast.Call(func=ast.Name(id="abs" | "len" as name), args=[of], keywords=[]):
+                found = self.read(of)
+                if name == "len" and found.kind is Kind.LIST:
+                    return Call("len", found)
                 wanted = Kind.NUMBER if name == "abs" else Kind.TEXT
-                return Call("abs" if name == "abs" else "len", self.want(self.read(of), wanted, of))
+                return Call("abs" if name == "abs" else "len", self.want(found, wanted, of))
             case ast.Compare(left=left, ops=operators, comparators=rest):
                 sides = [left, *rest]
                 if any(map(_is_truth, sides[1:-1])):
@@ -221,8 +225,9 @@ class _Reader:
         other = self.read(right)
         if one.kind is not other.kind:
             raise self.error(node, f"compares {one.kind} with {other.kind}")
-        if one.kind is Kind.EXACT:
-            raise self.error(node, "compares decimals: of these a rule can only say `is None` or `is not None`")
+        if one.kind in (Kind.EXACT, Kind.LIST):
+            what = "decimals" if one.kind is Kind.EXACT else "lists"
+            raise self.error(node, f"compares {what}: of these a rule can only say `is None` or `is not None`")
         if one.kind in (Kind.TRUTH, Kind.TEXT) and not isinstance(operator, ast.Eq | ast.NotEq):
             raise self.error(node, f"orders {one.kind}: such values can only be equal or not")
         return Compared(_COMPARED[type(operator)], one, other)

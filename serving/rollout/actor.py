@@ -246,7 +246,7 @@ class RolloutActor:
                 pause.wait(_AFTER_AUDIT_FAILURE_S)
 
     def _notify(self) -> None:
-        """Tells the webhook, if there is one, of this use case's releases, and of alerts; those, one controller does."""
+        """Tells the webhook, if there is one, of this use case's releases, and of alerts, which one controller does."""
         parts, pause = self._parts(), threading.Event()
         if parts.settings.webhook_url is None:
             return

@@ -17,6 +17,10 @@ from pipelines.spec import Contract, Field, FieldType, Rule, Severity
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NOW_US = (NOW - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
+ORDER = (
+    *("missing", "type", "finite", "minimum", "maximum", "min_length", "max_length"),
+    *("pattern", "allowed", "min_items", "max_items"),
+)
 _ZONED = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})[T ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]{1,9}))?"
     r"(?:(Z)|([+-])([0-9]{2}):([0-9]{2}))"
@@ -57,6 +61,9 @@ def typed(field: Field, value: Any) -> Any:
         return value if value is True or value is False else None
     if field.type is FieldType.DECIMAL:
         return exact(field, value)
+    if field.type is FieldType.LIST:
+        found = [typed(alone(field), one) for one in value] if isinstance(value, list) else [None]
+        return None if any(one is None for one in found) else found
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if field.type is FieldType.INTEGER:
@@ -65,6 +72,12 @@ def typed(field: Field, value: Any) -> Any:
         return float(value)
     except OverflowError:
         return None
+
+
+def alone(field: Field) -> Field:
+    """A field that is to a value what a list is to its values."""
+    limits = ("minimum", "maximum", "min_length", "max_length", "pattern", "allowed")
+    return Field(name=field.name, type=field.items, **{name: getattr(field, name) for name in limits})
 
 
 def exact(field: Field, value: Any) -> Decimal | None:
@@ -89,6 +102,11 @@ def field_rules(contract: Contract, field: Field, value: Any) -> list[str]:
     value = typed(field, value)
     if value is None:
         return ["type"]
+    if field.type is FieldType.LIST:
+        broken = {rule for one in value for rule in field_rules(contract, alone(field), one)}
+        broken |= {"min_items"} if field.min_items is not None and len(value) < field.min_items else set()
+        broken |= {"max_items"} if field.max_items is not None and len(value) > field.max_items else set()
+        return [rule for rule in ORDER if rule in broken]
     if isinstance(value, float) and not math.isfinite(value):
         return ["finite"]
     broken = []
@@ -230,7 +248,9 @@ _times = st.one_of(
     st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1)),
     st.datetimes(datetime(2025, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC)),
 )  # fmt: skip
-_junk = st.one_of(st.none(), st.booleans(), _numbers, _texts, _times, st.just([]), st.just({"a": 1}))
+_single = st.one_of(st.none(), st.booleans(), _numbers, _texts, _times, st.just({"a": 1}))
+_junk = st.one_of(_single, st.lists(_single, max_size=3))
+ITEMS = (FieldType.STRING, FieldType.FLOAT, FieldType.INTEGER, FieldType.BOOLEAN)
 _VALUES = {
     FieldType.STRING: _texts,
     FieldType.FLOAT: _numbers,
@@ -247,6 +267,14 @@ _VALUES = {
 }
 
 
+def values_of(field: Field) -> st.SearchStrategy[Any]:
+    """Mostly values of a field's type."""
+    if field.items is None:
+        return _VALUES[field.type]
+    values = _VALUES[field.items]
+    return st.lists(values, max_size=3) | st.lists(values | _single, max_size=3)
+
+
 @st.composite
 def contracts(draw: st.DrawFn) -> Contract:
     """A contract of an entity, a time and up to four more fields with any limits."""
@@ -254,22 +282,31 @@ def contracts(draw: st.DrawFn) -> Contract:
     for place in range(draw(st.integers(0, 4))):
         kind = draw(st.sampled_from(list(FieldType)))
         limits: dict[str, Any] = {}
-        digits = {}
+        digits: dict[str, Any] = {}
+        single = kind
+        if kind is FieldType.LIST:
+            single = draw(st.sampled_from(ITEMS))
+            digits = {"items": single}
         if kind is FieldType.DECIMAL:
             scale = draw(st.integers(0, 3))
             digits = {"precision": scale + draw(st.integers(0 if scale else 1, 35)), "scale": scale}
-        if kind in (FieldType.FLOAT, FieldType.INTEGER, FieldType.DECIMAL):
+        if single in (FieldType.FLOAT, FieldType.INTEGER, FieldType.DECIMAL):
             low, high = draw(st.sampled_from([None, 0.0, 0.5, -1e300, 2.0**63])), None
             high = draw(st.sampled_from([None, 10.0, 9.5, 1e300]))
             if low is not None and high is not None and low > high:
                 high = None
             limits = {"minimum": low, "maximum": high}
-        if kind is FieldType.STRING:
+        if single is FieldType.STRING:
             limits = {
                 "min_length": draw(st.sampled_from([None, None, 1, 2])),
                 "max_length": draw(st.sampled_from([None, None, 2, 3])),
                 "pattern": draw(st.sampled_from([None, r"[a-z]\d?", r"\w*", ".", "a|b2"])),
                 "allowed": draw(st.sampled_from([None, ("a", "b"), ("٣",), ()])),
+            }
+        if kind is FieldType.LIST:
+            limits |= {
+                "min_items": draw(st.sampled_from([None, None, 1, 2])),
+                "max_items": draw(st.sampled_from([None, None, 2, 3])),
             }
         limits["warn"] = tuple(
             name for name, limit in limits.items() if limit is not None and draw(st.integers(0, 3)) == 0
@@ -300,7 +337,7 @@ def conditions(fields: list[Field], depth: int = 2) -> st.SearchStrategy[str]:
     sign, equal = st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), st.sampled_from(["==", "!="])
     constant = st.sampled_from(["0", "1", "2.5", "-1", "1e308", "9007199254740993", "0.0"])
     words = st.sampled_from(['"a"', '"b2"', '""', '"٣"'])
-    number = constant | st.sampled_from([f"len({name})" for name in texts])
+    number = constant | st.sampled_from([f"len({name})" for name in [*texts, *named[FieldType.LIST]]])
     if numbers:
         number |= st.sampled_from(numbers) | st.sampled_from([f"abs({name})" for name in numbers])
         number |= st.sampled_from([f"-{name}" for name in numbers])
@@ -335,7 +372,7 @@ def conditions(fields: list[Field], depth: int = 2) -> st.SearchStrategy[str]:
 
 def records(contract: Contract) -> st.SearchStrategy[Any]:
     """Mostly plausible records, with absent keys, nulls, other types and unknown names."""
-    fields = {f.name: st.one_of(_VALUES[f.type], _VALUES[f.type], _VALUES[f.type], _junk) for f in contract.fields}
+    fields = {f.name: st.one_of(values_of(f), values_of(f), values_of(f), _junk) for f in contract.fields}
     known = st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(fields)
     extra = st.dictionaries(st.sampled_from(["x", "\ud800", "zz.missing", "é", ""]), _junk, max_size=2)
     return st.one_of(
@@ -352,14 +389,20 @@ VALUES: tuple[Any, ...] = (
     2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**53 + 1, 2**1024 - 2**970, 2**1024 - 2**970 - 1,
     Decimal("9.75"), Decimal("9.751"), Decimal("1E+2"), Decimal("NaN"), Decimal("-0"), "9.75", "-0.50", "10.000", "1e1",
     math.nan, math.inf, -math.inf, 1e308, 5e-324, "", "a", "b", "b2", "a1", "a\n", "A", "٣", "a٣", "é",
-    "\ud800", "nan", "1", "true", [], {"a": 1}, *INSTANTS, NOW, NOW + timedelta(microseconds=1),
+    "\ud800", "nan", "1", "true", [], {"a": 1}, ["a"], ["b", "é"], [1, 2], [1.5, 11], [-1, math.nan], [True], [None],
+    [0.75, None], ["a", 1], [[]], [2**63], [1, -(2**63)], ["\ud800"], ["b"] * 4, [0] * 3, [math.inf, 99], *INSTANTS,
+    NOW, NOW + timedelta(microseconds=1),
     NOW.replace(tzinfo=None), datetime(2026, 1, 1, 0, 0, 0, 1, UTC),
 )  # fmt: skip
 
 
 def every_field() -> list[Field]:
     """A field ``f`` of every type with every kind of limit, nullable and not."""
-    limits: list[tuple[FieldType, dict[str, Any]]] = [(kind, {}) for kind in FieldType]
+    limits: list[tuple[FieldType, dict[str, Any]]] = [(kind, {}) for kind in FieldType if kind is not FieldType.LIST]
+    limits += [(FieldType.LIST, {"items": kind, **more}) for kind in ITEMS for more in ({}, {"min_items": 1})]
+    limits.append((FieldType.LIST, {"items": FieldType.FLOAT, "minimum": 0.5, "maximum": 9.5, "max_items": 2}))
+    limits.append((FieldType.LIST, {"items": FieldType.INTEGER, "minimum": 0.5, "max_items": 1, "min_items": 1}))
+    limits.append((FieldType.LIST, {"items": FieldType.STRING, "pattern": r"[a-z]\d?", "allowed": ("b", "é", "A")}))
     for kind in (FieldType.FLOAT, FieldType.INTEGER):
         limits += [(kind, {"minimum": low}) for low in (0.0, 0.5, -1e300, 2.0**63, -math.inf)]
         limits += [(kind, {"maximum": high}) for high in (10.0, 9.5, 1e300, -(2.0**63))]

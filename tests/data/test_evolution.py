@@ -10,9 +10,10 @@ import pytest
 from pipelines.contracts.events import decode_events, encoder
 from pipelines.contracts.evolution import KINDS, Breaks, diff, enough, required_version
 from pipelines.contracts.requests import check_record, compile_model
-from pipelines.spec import Contract, Field, FieldType, Freshness, NullShare, Rule, Severity, Volume
+from pipelines.spec import Contract, Field, FieldType, Freshness, NullShare, Rule, ServiceLevel, Severity, Volume
 
 NOW_US = 1_700_000_000_000_000
+LATENCY = ServiceLevel(name="latency", value=15, unit="min", element="at")
 VOLUME, FRESH = Volume(minimum=10), Freshness(max_age=timedelta(hours=1), severity=Severity.WARN)
 NULLS = NullShare(field="heat", maximum=0.5)
 OLD = Contract(
@@ -30,7 +31,9 @@ OLD = Contract(
         Field(name="heat", type=FieldType.FLOAT, nullable=True, maximum=90, warn=("maximum",)),
         Field(name="cold", type=FieldType.FLOAT, nullable=True, minimum=0, refuse=("minimum",)),
         Field(name="cost", type=FieldType.DECIMAL, nullable=True, precision=6, scale=2),
+        Field(name="tags", type=FieldType.LIST, items=FieldType.STRING, nullable=True, min_items=2, max_items=3),
         Field(name="open", type=FieldType.FLOAT),
+        Field(name="peaks", type=FieldType.LIST, items=FieldType.FLOAT, nullable=True),
     ),
     entity="meter",
     time="at",
@@ -43,10 +46,12 @@ OLD = Contract(
         Rule(name="warm", check="cold <= heat", severity=Severity.WARN),
     ),
     load_rules=(VOLUME, FRESH),
+    sla=(LATENCY, ServiceLevel(name="timeToRepair", value=4, unit="h")),
 )
 ROW = {
     "meter": "m1", "at": "2023-11-14T22:13:20Z", "flow": 5.0, "count": 3, "kind": "a", "note": None, "code": "abc",
-    "heat": 50.0, "cold": 10.0, "cost": "12.50", "open": 1.5,
+    "heat": 50.0, "cold": 10.0, "cost": "12.50", "tags": ["a", "b"],
+    "open": 1.5, "peaks": [2.5],
 }  # fmt: skip
 
 
@@ -70,7 +75,7 @@ EXTRA = Field(name="extra", type=FieldType.STRING)
 CASES: dict[str, tuple[Contract, str | None]] = {
     "field_added": (changed(fields=(*OLD.fields, EXTRA.model_copy(update={"nullable": True}))), "extra"),
     "required_field_added": (changed(fields=(*OLD.fields, EXTRA)), "extra"),
-    "field_removed": (changed(fields=OLD.fields[:-1]), "open"),
+    "field_removed": (changed(fields=OLD.fields[:-1]), "peaks"),
     "fields_reordered": (changed(fields=(OLD.fields[1], OLD.fields[0], *OLD.fields[2:])), None),
     "type_widened": (field("count", type=FieldType.FLOAT), "count"),
     "type_narrowed": (field("open", type=FieldType.INTEGER), "open"),
@@ -96,6 +101,15 @@ CASES: dict[str, tuple[Contract, str | None]] = {
     "max_length_lowered": (field("code", max_length=3), "code"),
     "max_length_raised": (field("code", max_length=5), "code"),
     "max_length_removed": (field("code", max_length=None), "code"),
+    "items_changed": (field("peaks", items=FieldType.INTEGER), "peaks"),
+    "min_items_added": (field("peaks", min_items=2), "peaks"),
+    "min_items_raised": (field("tags", min_items=3), "tags"),
+    "min_items_lowered": (field("tags", min_items=1), "tags"),
+    "min_items_removed": (field("tags", min_items=None), "tags"),
+    "max_items_added": (field("peaks", max_items=2), "peaks"),
+    "max_items_lowered": (field("tags", max_items=2), "tags"),
+    "max_items_raised": (field("tags", max_items=4), "tags"),
+    "max_items_removed": (field("tags", max_items=None), "tags"),
     "pattern_added": (field("note", pattern="n.*"), "note"),
     "pattern_removed": (field("meter", pattern=None), "meter"),
     "pattern_changed": (field("meter", pattern="[mn][0-9]+"), "meter"),
@@ -155,6 +169,15 @@ CASES: dict[str, tuple[Contract, str | None]] = {
         changed(load_rules=(VOLUME, FRESH.model_copy(update={"severity": Severity.REFUSE}))),
         "rule load.freshness",
     ),
+    "service_level_added": (
+        changed(sla=(*OLD.sla, ServiceLevel(name="availability", value=99.9, unit="%"))),
+        "sla availability",
+    ),
+    "service_level_removed": (changed(sla=(LATENCY,)), "sla timeToRepair"),
+    "service_level_changed": (
+        changed(sla=(LATENCY.model_copy(update={"value": 60}), *OLD.sla[1:])),
+        "sla latency of at",
+    ),
     "owner_changed": (changed(owner="gas"), None),
     "description_changed": (changed(description="words"), None),
     "contract_renamed": (changed(name="others"), None),
@@ -200,6 +223,11 @@ ONLY_OLD = {
     "min_length_raised": {**ROW, "code": "ab"},
     "max_length_added": {**ROW, "note": "other"},
     "max_length_lowered": {**ROW, "code": "abcd"},
+    "items_changed": ROW,
+    "min_items_added": ROW,
+    "min_items_raised": ROW,
+    "max_items_added": {**ROW, "peaks": [1.0, 2.0, 3.0]},
+    "max_items_lowered": {**ROW, "tags": ["a", "b", "c"]},
     "limit_hardened": {**ROW, "heat": 91.0},
     "rule_added": {**ROW, "open": 0.0},
     "rule_changed": {**ROW, "count": 1},
@@ -222,6 +250,10 @@ ONLY_NEW = {
     "min_length_removed": {**ROW, "code": ""},
     "max_length_raised": {**ROW, "code": "abcde"},
     "max_length_removed": {**ROW, "code": "abcdefgh"},
+    "min_items_lowered": {**ROW, "tags": ["a"]},
+    "min_items_removed": {**ROW, "tags": []},
+    "max_items_raised": {**ROW, "tags": ["a"] * 4},
+    "max_items_removed": {**ROW, "tags": ["a"] * 9},
     "limit_softened": {**ROW, "flow": 101.0},
     "rule_removed": {**ROW, "count": 0},
     "rule_changed": {**ROW, "count": 0, "flow": 0.5},

@@ -15,11 +15,13 @@ from pipelines.contracts.odcs import NotReadable, from_odcs, to_odcs
 from pipelines.spec import (
     Contract,
     Distribution,
+    Field,
     Freshness,
     LoadRule,
     Monotone,
     NullShare,
     References,
+    ServiceLevel,
     Severity,
     Silence,
     Unique,
@@ -50,11 +52,24 @@ def load_rules(contract: Contract) -> st.SearchStrategy[tuple[LoadRule, ...]]:
     return st.lists(st.one_of(kinds), max_size=4, unique_by=lambda rule: rule.id).map(tuple)
 
 
+def service_levels(contract: Contract) -> st.SearchStrategy[tuple[ServiceLevel, ...]]:
+    level = st.builds(
+        ServiceLevel,
+        name=st.sampled_from(["latency", "retention", "freshness", "timeToRepair"]),
+        value=st.integers(0, 99) | st.floats(0, 1) | st.booleans() | st.sampled_from(["09:00-17:00", "4", "true", ""]),
+        unit=st.none() | st.sampled_from(["h", "d", "%"]),
+        element=st.none() | st.sampled_from([field.name for field in contract.fields]),
+        description=st.sampled_from(["", "on working days"]),
+    )
+    return st.lists(level, max_size=3, unique_by=lambda found: (found.name, found.element)).map(tuple)
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_contract_is_the_same_after_its_document_was_read(data) -> None:
     drawn = data.draw(oracle.contracts())
-    contract = Contract(**{**dict(drawn), "load_rules": data.draw(load_rules(drawn))})
+    parts = {"load_rules": data.draw(load_rules(drawn)), "sla": data.draw(service_levels(drawn))}
+    contract = Contract(**{**dict(drawn), **parts})
     assert from_odcs(to_odcs(contract)) == contract
 
 
@@ -78,7 +93,9 @@ def test_what_the_standard_has_is_said_in_its_words() -> None:
     assert "required" not in kind
     assert [rule["name"] for rule in table["quality"]] == ["busy", "warm", "load_volume", "load_freshness"]
     assert document["slaProperties"] == [
-        {"property": "freshness", "value": 3600.0, "unit": "s", "element": "readings.at"}
+        {"property": "latency", "value": 15, "unit": "min", "element": "readings.at"},
+        {"property": "timeToRepair", "value": 4, "unit": "h"},
+        {"property": "freshness", "value": 3600.0, "unit": "s", "element": "readings.at", "driver": "tidegate"},
     ]
 
 
@@ -98,6 +115,8 @@ schema:
   - {name: ordered_at, logicalType: timestamp, required: true, primaryKey: true, primaryKeyPosition: 2}
   - {name: amount, logicalType: number, logicalTypeOptions: {minimum: 0}}
 """
+NUMBER = "logicalType: number, logicalTypeOptions: {minimum: 0}"
+TEAM = "team: {name: sales}\n"
 ROLES = "customProperties: [{property: tidegate, value: {entity: customer, time: ordered_at}}]\n"
 
 
@@ -110,10 +129,37 @@ def test_a_document_from_elsewhere_is_a_contract_once_its_columns_have_roles() -
     assert contract.field("amount").nullable
 
 
+def test_an_array_from_elsewhere_is_a_list_whose_values_are_held_to_what_its_items_are() -> None:
+    items = "items: {logicalType: number, logicalTypeOptions: {minimum: 0}}, logicalTypeOptions: {maxItems: 9}"
+    found = from_odcs(FOREIGN.replace(NUMBER, f"logicalType: array, {items}") + ROLES).field("amount")
+    wanted = {"type": "list", "items": "float64", "nullable": True, "minimum": 0, "max_items": 9}
+    assert found == Field(name="amount", **wanted)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("logicalType: number", "logicalType: array", "'amount' is of logical type 'array'"),
+        ("team: {name: sales}\n", f"{TEAM}slaProperties: [{{property: latency}}]\n", "'latency' has no value"),
+        (
+            "team: {name: sales}\n",
+            f"{TEAM}slaProperties: [{{property: latency, value: 4, element: orders.price}}]\n",
+            "has no field 'price'",
+        ),
+        (
+            "team: {name: sales}\n",
+            f"{TEAM}slaProperties: [{{property: latency, value: 4, valueExt: 5}}]\n",
+            "has no place for",
+        ),
+        ("logicalType: number", "logicalType: object", "'amount' is of logical type 'object'"),
+        ("logicalType: number", "logicalType: array", "'amount' is an array: it needs items"),
+        (
+            "logicalType: number",
+            "logicalType: array, items: {logicalType: string}",
+            r"not enforced here: \['minimum'\]",
+        ),
+        (NUMBER, "logicalType: array, items: {logicalType: object}", "items of column 'amount' are of logical type"),
+        (NUMBER, "logicalType: array, items: {logicalType: timestamp}", "a list needs items, one of string"),
+        (NUMBER, "logicalType: array, unique: true, items: {logicalType: string}", "are not enforced here"),
         ("{minimum: 0}", "{multipleOf: 2}", r"options that are not enforced here: \['multipleOf'\]"),
         (
             "{minimum: 0}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import datetime
 from decimal import Decimal
@@ -133,6 +134,30 @@ def test_every_listed_value_is_judged_alike_by_all(field: Field) -> None:
     assert _rules(contract, rows.from_text(contract, table)) == expected
 
 
+def test_text_that_is_no_list_is_none_and_what_it_says_is_read() -> None:
+    field = Field(name="f", type=FieldType.LIST, items=FieldType.FLOAT, nullable=True)
+    cells = ["[1, 2.5]", "[]", None, "null", "1", "[1", "[" * 5_000, "[null]", '["1"]', '{"a": 1}', "[1e999]", "[NaN]"]
+    columns = {"who": ["a"] * len(cells), "at": [oracle.NOW.isoformat()] * len(cells)}
+    parsed = rows.from_text(oracle.contract_of(field), pa.table({**columns, "f": pa.array(cells, pa.string())}))
+    assert parsed.table.column("f").to_pylist()[:4] == [[1.0, 2.5], [], None, None]
+    broken = _rules(oracle.contract_of(field), parsed)
+    assert broken == [*[[]] * 3, *[["f.type"]] * 7, *[["f.finite"]] * 2]
+
+
+def test_a_list_says_what_is_wrong_with_which_values() -> None:
+    field = Field(name="f", type=FieldType.LIST, items=FieldType.INTEGER, minimum=3, min_items=2)
+    model = requests.compile_model(oracle.contract_of(field))
+    wrong: dict[str, Any] = {"who": "a", "at": oracle.NOW, "f": [1]}
+    messages = [p.message for p in requests.check_record(model, wrong, oracle.NOW_US)[1]]
+    assert messages == ["every value of f must be at least 3.0, got [1]", "f must have at least 2 values, got [1]"]
+    messages = [p.message for p in requests.check_record(model, {**wrong, "f": [None, 1]}, oracle.NOW_US)[1]]
+    assert messages == ["f must be a list, and every value of it a whole number of 64 bits, got [null, 1]"]
+    shown = model.json_schema()["properties"]["f"]
+    assert (shown["type"], shown["minItems"]) == ("array", 2)
+    assert shown["items"]["minimum"] == 3
+    assert model.example() == {"who": "who", "at": "2000-01-01T00:00:00Z", "f": [3, 3]}
+
+
 WHO = Field(name="who", type=FieldType.STRING)
 
 
@@ -144,6 +169,8 @@ def _rules(contract: Contract, parsed: rows.Parsed) -> list[list[str]]:
 def _cell(value: Any) -> str | None:
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, list):
+        return json.dumps(value)
     return None if value is None else str(value)
 
 

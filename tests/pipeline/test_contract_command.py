@@ -13,12 +13,14 @@ from cluster.database import Database
 from cluster.settings import Settings
 from pipelines import contract as command
 from pipelines import usecases
+from pipelines.contracts.odcs import to_odcs
 from pipelines.features.windows import pages
 from pipelines.spec import Contract
 from pipelines.training.artifact import load, write_page
 from pipelines.training.registry import Registry
 from serving import routing
 from serving.cli import main as tidegate
+from tests.data.test_evolution import OLD
 from tests.model.test_artifact import make
 
 AQUA = usecases.load("aqua")
@@ -64,6 +66,9 @@ def test_a_document_of_the_standard_is_read_like_any_other_file_and_its_linter_t
         assert DataContract(data_contract_file=str(path)).lint().has_passed()
         assert tidegate(["contract", "show", str(path)]) == 0
         assert Contract.model_validate_json(capsys.readouterr().out) == usecases.load(name).contract
+    every = tmp_path / "every.odcs.yaml"
+    every.write_text(to_odcs(OLD))
+    assert DataContract(data_contract_file=str(every)).lint().has_passed()
     path.write_text(path.read_text().replace("logicalType: number", "logicalType: numbers"))
     assert not DataContract(data_contract_file=str(path)).lint().has_passed()
     assert tidegate(["contract", "diff", str(path), name]) == 1
