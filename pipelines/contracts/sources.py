@@ -29,7 +29,7 @@ _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".csv": "csv", ".jsonl": "j
 _SPLIT_ROWS = 1_000_000
 _BATCH_ROWS = 131_072
 _LATER, _LATER_OF_FIELDS = (
-    ("rules", "load_rules"),
+    ("rules", "load_rules", "items", "min_items", "max_items"),
     (
         *("min_length", "max_length", "precision", "scale"),
         *("warn", "refuse"),
@@ -102,14 +102,14 @@ def find(sources: Sequence[str], storage_options: Mapping[str, str]) -> list[Sou
 
 def identity(contract: Contract, use_case: str, sources: Sequence[Source], storage_options: Mapping[str, str]) -> str:
     """The default load id: a hash of use case, contract, and the names and contents of the sources."""
-    # An example decides nothing: with another one, or none, the same files are still the same load. What contracts came
+    # An example decides nothing, nor does a promise: with another one, or none, the same files are still the same load. What contracts came
     # to say later is left out where one says nothing of it, so that loads of before are known again.
     said = {
         place: {"example"} | {name for name in _LATER_OF_FIELDS if getattr(field, name) in (None, ())}
         for place, field in enumerate(contract.fields)
     }
     silent: dict[str, Any] = {name: True for name in _LATER if not getattr(contract, name)}
-    parts: list[Any] = [use_case, contract.model_dump_json(exclude={"fields": said, **silent})]
+    parts: list[Any] = [use_case, contract.model_dump_json(exclude={"fields": said, "sla": True, **silent})]
     for source in sources:
         digest = xxhash.xxh3_128()
         filesystem, path = open_filesystem(source.uri, storage_options)
