@@ -29,10 +29,11 @@ _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".csv": "csv", ".jsonl": "j
 _SPLIT_ROWS = 1_000_000
 _BATCH_ROWS = 131_072
 _LATER, _LATER_OF_FIELDS = (
-    ("rules", "load_rules", "items", "min_items", "max_items"),
+    ("rules", "load_rules"),
     (
         *("min_length", "max_length", "precision", "scale"),
         *("warn", "refuse"),
+        *("items", "min_items", "max_items"),
     ),
 )
 _BLOCK_BYTES = 8 << 20
@@ -102,8 +103,8 @@ def find(sources: Sequence[str], storage_options: Mapping[str, str]) -> list[Sou
 
 def identity(contract: Contract, use_case: str, sources: Sequence[Source], storage_options: Mapping[str, str]) -> str:
     """The default load id: a hash of use case, contract, and the names and contents of the sources."""
-    # An example decides nothing, nor does a promise: with another one, or none, the same files are still the same load. What contracts came
-    # to say later is left out where one says nothing of it, so that loads of before are known again.
+    # An example decides nothing, nor does a promise: with another one, or none, the same files are still the same load.
+    # What contracts came to say later is left out where one says nothing of it: loads of before are known again.
     said = {
         place: {"example"} | {name for name in _LATER_OF_FIELDS if getattr(field, name) in (None, ())}
         for place, field in enumerate(contract.fields)
