@@ -29,7 +29,7 @@ from pipelines.commands import explained
 from pipelines.contracts import enforce, events, sources
 from pipelines.contracts.datasets import Manifest, findings, reconcile, refusals
 from pipelines.contracts.leases import events_lease
-from pipelines.contracts.profile import merged
+from pipelines.contracts.profile import expects, merged
 from pipelines.spec import EventSource, References
 from pipelines.spec.base import fingerprint
 
@@ -110,7 +110,7 @@ def ingest(
     chosen = _engine(engine, found, settings, options)
     splits = sources.split(found, options)
     staged = _whole_files(context, enforce.run(chosen, partial(enforce.stage, context), splits))
-    work = _buckets(staged)
+    work = _buckets(staged, settings.buckets if expects(source.contract) is not None else 0)
     holder = f"load/{load_id}/{uuid.uuid4().hex}"
     with events_lease(database, source, holder) as still_held:
         report = _publish(context, chosen, staged, work, _history(database, source.name, event_table), still_held)
@@ -203,10 +203,12 @@ def _whole_files(context: enforce.LoadContext, staged: list[enforce.Staged]) -> 
     return kept + [enforce.unreadable_file(context, order, reason) for order, reason in reasons.items()]
 
 
-def _buckets(staged: list[enforce.Staged]) -> list[enforce.Bucket]:
+def _buckets(staged: list[enforce.Staged], expected: int) -> list[enforce.Bucket]:
+    """The buckets that rows came for, and all below ``expected``, unless no row came at all."""
     low = min((s.earliest_us for s in staged if s.earliest_us is not None), default=0)
     high = max((s.latest_us for s in staged if s.latest_us is not None), default=0)
-    numbers = sorted({bucket for part in staged for bucket in part.files})
+    found = {bucket for part in staged for bucket in part.files}
+    numbers = sorted(found | set(range(expected if found else 0)))
     return [
         enforce.Bucket(number, tuple(part.files[number] for part in staged if number in part.files), low, high)
         for number in numbers

@@ -21,7 +21,7 @@ from cluster.tables import DataFile, Tables
 from pipelines.contracts import events, rules, sources
 from pipelines.contracts.datasets import Tally, unique_keys
 from pipelines.contracts.parsing import Parsed
-from pipelines.contracts.profile import Profile, profiled
+from pipelines.contracts.profile import Earlier, Profile, expects, profiled
 from pipelines.contracts.rows import RowVerdict, check
 from pipelines.spec import Contract, EventSource
 from pipelines.spec.base import microseconds
@@ -179,7 +179,10 @@ def unreadable_file(context: LoadContext, order: int, reason: str) -> Staged:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Stage two's work: the staged files of one bucket, and the span of event times of the whole load."""
+    """Stage two's work: the staged files of one bucket, and the span of event times of the whole load.
+
+    Without any it is only asked whose events were expected.
+    """
 
     bucket: int
     paths: tuple[str, ...]
@@ -197,6 +200,10 @@ def settle(
     rows count as accepted.
     """
     contract = context.contract
+    earlier = _earlier(context, work, version)
+    if not work.paths:
+        nothing = pa.table({field.name: pa.array([], field.type) for field in events.contract_schema(contract)})
+        return Settled(work.bucket, {}, {}, {}, None, None, profiled(contract, nothing, work.latest_us, earlier))
     staged = _read_staged(context, work)
     ids = staged.column(events.EVENT_ID).combine_chunks()
     theirs, mine = _taken(context, work, version)
@@ -233,7 +240,7 @@ def settle(
         by_rule=dict(Counter(reasons[~accepted].tolist())),
         events=written,
         quarantine=quarantine,
-        profile=profiled(contract, staged.filter(pa.array(keep)), work.latest_us),
+        profile=profiled(contract, staged.filter(pa.array(keep)), work.latest_us, earlier),
     )
 
 
@@ -322,6 +329,22 @@ def _taken(context: LoadContext, work: Bucket, version: int) -> tuple[pa.Chunked
     own = pc.equal(held.column(events.LOAD_ID), context.load_id)
     ids = held.column(events.EVENT_ID)
     return ids.filter(pc.invert(own)), ids.filter(own)
+
+
+def _earlier(context: LoadContext, work: Bucket, version: int) -> Earlier | None:
+    contract, known_for = context.contract, expects(context.contract)
+    if known_for is None:
+        return None
+    span = (work.earliest_us - microseconds(known_for), work.latest_us)
+    since, until = (pa.scalar(us, pa.int64()).cast(events.INSTANT) for us in span)
+    held = context.tables.read(
+        context.events,
+        version=version,
+        columns=[contract.entity, contract.time],
+        filter=(pc.field(contract.time) >= since) & (pc.field(contract.time) <= until),
+        partition={events.BUCKET: [work.bucket]},
+    )
+    return Earlier(held, work.earliest_us)
 
 
 def _event_rows(context: LoadContext, table: pa.Table, bucket: int) -> pa.Table:

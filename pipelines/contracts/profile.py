@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipelines.spec import Contract, Distribution, Monotone, NullShare, References, Silence, Unique
+from pipelines.spec.base import microseconds
 
 WORST = 5
 """So many of the worst are named."""
@@ -119,12 +121,48 @@ def merged(profiles: Iterable[Profile]) -> Profile:
     return reduce(Profile.plus, profiles, Profile())
 
 
-def profiled(contract: Contract, table: pa.Table, last_us: int) -> Profile:
-    """What the contract's load rules need of typed rows, all those of their entities; ``last_us`` is the event time
-    of the last row of the whole load.
+@dataclass(frozen=True)
+class Earlier:
+    """Rows that the table had: entity and time of those of some entities since ``known_for`` before ``first_us``, the
+    event time of the first row of a load, up to its last.
     """
-    if not contract.load_rules or not table.num_rows:
-        return Profile()
+
+    table: pa.Table
+    first_us: int
+
+
+def expects(contract: Contract) -> timedelta | None:
+    """For how long before a load its rules ask what was in the table; None when they do not."""
+    return max((r.known_for for r in contract.load_rules if isinstance(r, Silence) and r.known_for), default=None)
+
+
+def profiled(contract: Contract, table: pa.Table, last_us: int, earlier: Earlier | None = None) -> Profile:
+    """What the contract's load rules need of typed rows, all those of their entities; ``last_us`` is the event time
+    of the last row of the whole load. ``earlier`` is what the table has of these entities, and of others that did not
+    come, if the contract ``expects`` them.
+    """
+    profile = _of_rows(contract, table, last_us) if contract.load_rules and table.num_rows else Profile()
+    if earlier is not None:
+        for rule in contract.load_rules:
+            if isinstance(rule, Silence) and rule.known_for is not None:
+                profile.gaps[rule.id] = _silences(contract, rule, rule.known_for, table, earlier, last_us)
+    return profile
+
+
+def _silences(
+    contract: Contract, rule: Silence, known_for: timedelta, table: pa.Table, earlier: Earlier, last_us: int
+) -> Found:
+    """Gaps that end in the load, between events of the load and of the table."""
+    before = earlier.table.column(contract.time).cast(pa.int64()).to_numpy()
+    since = earlier.first_us - microseconds(known_for)
+    mine = table.column(contract.time).cast(pa.int64()).to_numpy()
+    kept = earlier.table.column(contract.entity).filter(pa.array(before >= since))
+    entities = pa.chunked_array([*table.column(contract.entity).chunks, *kept.chunks], pa.string())
+    line = _Line.of(entities, np.concatenate([mine, before[before >= since]]))
+    return line.gaps(rule.every.total_seconds(), last_us, earlier.first_us)
+
+
+def _of_rows(contract: Contract, table: pa.Table, last_us: int) -> Profile:
     times = table.column(contract.time).cast(pa.int64()).to_numpy()
     profile = Profile(rows=table.num_rows, newest_us=int(times.max()))
     between = any(isinstance(rule, Monotone | Silence) for rule in contract.load_rules)
@@ -194,12 +232,14 @@ class _Line:
         fell = (entities[1:] == entities[:-1]) & (values[1:] < values[:-1])
         return self._found(entities[1:][fell], (values[:-1] - values[1:])[fell])
 
-    def gaps(self, every_s: float, last_us: int) -> Found:
-        """Where an entity's next event, or the load's last one, comes too late after one."""
+    def gaps(self, every_s: float, last_us: int, from_us: int | None = None) -> Found:
+        """Where an entity's next event, or the load's last one, comes too late after one, from that moment on."""
         same = self.entities[1:] == self.entities[:-1]
         following = np.append(np.where(same, self.times[1:], last_us), last_us)
         waited = (following - self.times) / 1e6
         late = waited > every_s
+        if from_us is not None:
+            late &= following >= from_us
         return self._found(self.entities[late], waited[late])
 
     def _found(self, entities: np.ndarray, how_bad: np.ndarray) -> Found:

@@ -110,7 +110,11 @@ def identity(contract: Contract, use_case: str, sources: Sequence[Source], stora
         for place, field in enumerate(contract.fields)
     }
     silent: dict[str, Any] = {name: True for name in _LATER if not getattr(contract, name)}
-    parts: list[Any] = [use_case, contract.model_dump_json(exclude={"fields": said, "sla": True, **silent})]
+    known = {
+        place: {"known_for"} for place, rule in enumerate(contract.load_rules) if not getattr(rule, "known_for", None)
+    }
+    exclude = {"fields": said, "load_rules": known, "sla": True, **silent}
+    parts: list[Any] = [use_case, contract.model_dump_json(exclude=exclude)]
     for source in sources:
         digest = xxhash.xxh3_128()
         filesystem, path = open_filesystem(source.uri, storage_options)

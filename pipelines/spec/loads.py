@@ -112,10 +112,15 @@ class Monotone(_LoadRule):
 
 
 class Silence(_LoadRule):
-    """Every entity of a load reports at least that often, from its first event in the load to the load's last one."""
+    """Every entity of a load reports at least that often, from its first event in the load to the load's last one.
+
+    With ``known_for``, entities that reported within that time before the load's first event are expected in it, too:
+    from their last event in the table on, and where they do not come at all.
+    """
 
     kind: Literal["silence"] = "silence"
     every: timedelta = PydanticField(gt=timedelta(0))
+    known_for: timedelta | None = PydanticField(default=None, gt=timedelta(0))
 
     @property
     def id(self) -> str:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipelines.contracts.datasets import Finding, findings
 from pipelines.contracts.events import INSTANT, to_microseconds
-from pipelines.contracts.profile import Profile, merged, profiled
+from pipelines.contracts.profile import Earlier, Profile, merged, profiled
 from pipelines.spec import (
     Contract,
     Distribution,
@@ -99,6 +99,34 @@ def naive(rows: Sequence[Row]) -> dict[str, Any]:
         "rows": len(rows), "newest": to_microseconds(last), "nulls": len(rows) - len(values), "values": values,
         "fell": sorted(fell, reverse=True), "gaps": sorted(gaps, reverse=True),
     }  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 60)), min_size=1, unique=True), st.integers(1, 50))
+@settings(max_examples=300, deadline=None)
+def test_who_is_expected_is_silent_from_its_last_event_in_the_table_on(events, known_minutes) -> None:
+    """Events of the last twenty minutes are the load, those before, and some between, are in the table."""
+    start = NOW - 20 * MINUTE
+    rows: list[Row] = [(meter, NOW - minutes * MINUTE, None) for meter, minutes in events]
+    load = [row for row in rows if row[1] >= start and row[0] != "c"]
+    before = [row for row in rows if row not in load]
+    if not load:
+        return
+    rule = Silence(every=5 * MINUTE, known_for=known_minutes * MINUTE)
+    first, last = min(row[1] for row in load), max(row[1] for row in load)
+    held = [row for row in before if row[1] <= last]
+    found = []
+    for part in ("ace", "bd"):  # two buckets, of which one may have no row
+        mine, theirs = ([row for row in some if row[0] in part] for some in (load, held))
+        earlier = Earlier(table(theirs).select(["meter", "at"]), to_microseconds(first))
+        found.append(profiled(contract(rule), table(mine), to_microseconds(last), earlier))
+    gaps = merged(found).gaps[rule.id]
+    expected = []
+    for meter in "abcde":
+        times = sorted(r[1] for r in [*load, *held] if r[0] == meter and r[1] >= first - known_minutes * MINUTE)
+        for one, other in pairwise([*times, last] if times else []):
+            if other >= first and other - one > rule.every:
+                expected.append(((other - one).total_seconds(), meter))
+    assert (gaps.count, list(gaps.worst)) == (len(expected), sorted(expected, reverse=True)[:5])
 
 
 ROWS = st.lists(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from pipelines import ingest as job
 from pipelines.contracts import enforce, events
 from pipelines.contracts.sources import identity
+from pipelines.spec import ServiceLevel, Silence
 from pipelines.usecases import aqua
 from tests.pipeline.loads import everything, readings, world
 
@@ -174,6 +176,9 @@ def test_an_example_of_the_contract_makes_no_other_load_of_the_same_files() -> N
     # Spelt out, since a load of an earlier release must be known again.
     assert [identity(contract, "aqua", [], {}) for contract in (plain, bare)] == ["09ccb7aa68f04e51"] * 2
     assert identity(aqua.CONTRACT, "aqua", [], {}) != "09ccb7aa68f04e51"
+    ruled = plain.model_copy(update={"load_rules": (Silence(every=timedelta(hours=3)),)})
+    promised = ruled.model_copy(update={"sla": (ServiceLevel(name="latency", value=1, unit="h"),)})
+    assert [identity(contract, "aqua", [], {}) for contract in (ruled, promised)] == ["2cce4084e198bbd5"] * 2
 
 
 def test_events_lie_in_canonical_order_with_what_is_known_of_them(home: Path, inbox: Path) -> None:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -155,6 +156,23 @@ def test_null_shares_and_silences_are_those_of_all_buckets_together(here, tmp_pa
     assert report.warnings[0] == "inflow.null_share: 33.3% of inflow are null, and at most 30.0% may be"
     # Every one of ten districts reports each 0.1 s: five times between its six rows, and nine until the load's last.
     assert report.warnings[1].startswith("load.silence_50000us: 54 gaps exceed 0:00:00.050000, the longest 0.1 s")
+
+
+def test_an_entity_that_is_expected_and_does_not_come_is_silent(here, tmp_path) -> None:
+    rule = Silence(every=timedelta(seconds=1), known_for=timedelta(minutes=1), severity=Severity.WARN)
+    table = readings(range(3_100))
+    here.load(file(tmp_path / "in", "a.parquet", table.slice(0, 1_000)), page(rule))
+    without = table.slice(1_000, 1_000).filter(pc.not_equal(table.slice(1_000, 1_000).column("district"), "dma_3"))
+    report = here.load(file(tmp_path / "in", "b.parquet", without), page(rule))
+    last = 19.99 - 9.93
+    assert report.warnings == (f"load.silence_1s: 1 gaps exceed 0:00:01, the longest {last:g} s (dma_3)",)
+    long_ago = page(rule.model_copy(update={"known_for": timedelta(seconds=5)}))
+    alone = table.slice(3_000, 100).filter(pc.equal(table.slice(3_000, 100).column("district"), "dma_1"))
+    assert here.load(file(tmp_path / "in", "c.parquet", alone), long_ago).warnings == ()
+    strict = page(rule.model_copy(update={"severity": Severity.REFUSE}))
+    refused = here.load(file(tmp_path / "in", "d.parquet", table.slice(2_000, 1)), strict)
+    assert refused.status == "refused"
+    assert "9 gaps exceed" not in refused.refusals[0], "what came just before is not silent yet"
 
 
 def test_values_refer_to_a_column_of_another_source_that_has_been_loaded(here, tmp_path) -> None:
