@@ -1,8 +1,8 @@
 """``tidegate contract``: shows the contract of a page, tells what a change of it breaks, checks it beforehand, tells of
 a load on one HTML page, and sends quarantined rows through it again.
 
-A contract is named by its use case, or by a file: one that ``tidegate contract show`` has written, or a document of the
-Open Data Contract Standard (``.yaml``, ``.yml``).
+A contract is named by its use case, as ``USECASE.DIMENSION`` where it is that of a dimension, or by a file: one that
+``tidegate contract show`` has written, or a document of the Open Data Contract Standard (``.yaml``, ``.yml``).
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _AWAY = (
 """What the parts that a contract is compared with, or replayed through, may fail with."""
 
 
+_NAMED = "a use case, USECASE.DIMENSION, or a file"
+
+
 class NoContract(ValueError):
     """There is no such contract; the message says what was looked for and where."""
 
@@ -54,14 +57,15 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     show = actions.add_parser("show", help="the contract of a page as JSON")
-    show.add_argument("usecase", help="a use case or a file")
+    show.add_argument("usecase", help=_NAMED)
     show.add_argument("--odcs", action="store_true", help="as a document of the Open Data Contract Standard")
     told = actions.add_parser("diff", help="what changes from one contract to another, and whom that breaks")
-    told.add_argument("old", help="a use case or a file")
-    told.add_argument("new", help="a use case or a file")
+    told.add_argument("old", help=_NAMED)
+    told.add_argument("new", help=_NAMED)
     check = actions.add_parser("check", help="fail on a change that needs another version, or breaks the champion")
     check.add_argument("usecase")
     check.add_argument("--against", help="a file (default: the contract that the champion was trained under)")
+    check.add_argument("--dimension", help="the contract of this dimension alone, instead of those of the whole page")
     page = actions.add_parser("page", help="one HTML page about a load: what came, what was refused and why")
     page.add_argument("usecase")
     page.add_argument("--load", help="its id (default: the load that ended last)")
@@ -85,7 +89,7 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
             case "replay":
                 lines, fine = [_replay(_use_case(options.usecase), options)], True
             case _:
-                lines, fine = checked(_use_case(options.usecase), options.against)
+                lines, fine = checked(_use_case(options.usecase), options.against, options.dimension)
     except (NoContract, *_AWAY) as error:
         sys.stderr.write(f"tidegate: {error}\n")
         return 1
@@ -94,14 +98,16 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None) -> int:
 
 
 def read_contract(name: str) -> Contract:
-    """The contract of a use case or of a file; raises ``NoContract``."""
-    if name in usecases.names():
-        return usecases.load(name).contract
+    """The contract of a use case, of one of its dimensions, or of a file; raises ``NoContract``."""
+    if (place := _contracts().get(name)) is not None:
+        return place.contract
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(usecases.names())
-        raise NoContract(f"{name!r} is neither a use case ({known}) nor a file that can be read: {error}") from error
+        known = ", ".join(_contracts())
+        raise NoContract(
+            f"{name!r} is no use case or dimension ({known}), nor a file that can be read: {error}"
+        ) from error
     try:
         return from_odcs(text) if name.endswith((".yaml", ".yml")) else Contract.model_validate_json(text)
     except NotReadable as error:
@@ -128,35 +134,78 @@ def told_of(old: str, new: str) -> list[str]:
     required = required_version(before.version, changes)
     lines = [str(change) for change in changes]
     lines.append(f"{len(changes)} changes: after {before.version} comes at least {required}; it is {after.version}")
-    named = [name for name in (old, new) if name in usecases.names()]
-    pages_of = named or [n for n in usecases.names() if usecases.load(n).contract.name in (before.name, after.name)]
-    if not pages_of:
+    known = _contracts()
+    named = [known[name] for name in (old, new) if name in known]
+    found = named or [place for place in known.values() if place.contract.name in (before.name, after.name)]
+    if not found:
         lines.append(f"no page has a contract {after.name!r}: which views and versions it reaches cannot be told")
-    for page in pages_of[:1]:
-        uses = affected(changes, lineage(usecases.load(page)))
+    for place in found[:1]:
+        page = place.use_case.name
+        uses = affected(changes, lineage(place.use_case, place.dimension))
         versions = _versions(page) if uses else {}
         for use in uses:
-            known = ", ".join(versions.get(use.view, ())) or "none"
+            trained = ", ".join(versions.get(use.view, ())) or "none"
             reached = f"{use.field} → {', '.join(use.columns)}"
-            lines.append(f"view {use.name} ({use.view}), model versions {known}: {reached}")
+            lines.append(f"view {use.name} ({use.view}), model versions {trained}: {reached}")
     return lines
 
 
-def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
-    """What is wrong with the contract of a page after that of ``against`` (None: of its champion), and whether nothing
-    is: it needs another version, or a breaking change reaches the view that the champion answers from.
+@dataclass(frozen=True)
+class _Place:
+    """Where a contract is: on a page, as that of its events or of one of its dimensions."""
+
+    use_case: UseCase
+    dimension: str | None
+    contract: Contract
+
+
+def _contracts() -> dict[str, _Place]:
+    """Every contract of every page, by the name of its source."""
+    found = {}
+    for name in usecases.names():
+        page = usecases.load(name)
+        found[name] = _Place(page, None, page.contract)
+        for part in page.dimensions:
+            found[page.source(part).name] = _Place(page, part.name, part.contract)
+    return found
+
+
+def checked(use_case: UseCase, against: str | None, dimension: str | None = None) -> tuple[list[str], bool]:
+    """What is wrong with the contracts of a page, or with that of one ``dimension``, after those of its champion, and
+    whether nothing is: one needs another version, or a breaking change reaches the view that the champion answers from.
+    ``against`` is a contract that takes the place of the champion's; then the page's own one is checked alone, unless
+    ``dimension`` says otherwise.
     """
     champion = _champion(use_case.name)
+    if against is not None or dimension is not None:
+        return _checked(use_case, against, dimension, champion)
+    lines, fine = _checked(use_case, None, None, champion)
+    trained = None if champion is None else champion.dimensions
+    for name in (part.name for part in use_case.view.dimensions):
+        if trained is None:
+            lines.append(f"{name}: the champion keeps no contract of it, so it was not checked")
+        elif name in trained:
+            said, well = _checked(use_case, None, name, champion)
+            lines, fine = lines + said, fine and well
+    return lines, fine
+
+
+def _checked(
+    use_case: UseCase, against: str | None, dimension: str | None, champion: _Champion | None
+) -> tuple[list[str], bool]:
+    source = _source(use_case, dimension)
     if against is not None:
         before = read_contract(against)
     elif champion is None:
         raise NoContract(f"{use_case.name!r} has no champion yet to check against: give --against FILE")
-    elif champion.contract is None:
-        raise NoContract(f"version {champion.version}, the champion, keeps no contract: give --against FILE")
+    elif (kept := champion.contract if dimension is None else (champion.dimensions or {}).get(dimension)) is None:
+        of = "" if dimension is None else f" of {dimension!r}"
+        raise NoContract(f"version {champion.version}, the champion, keeps no contract{of}: give --against FILE")
     else:
-        before = champion.contract
-    new, changes = use_case.contract, diff(before, use_case.contract)
-    required, lines = required_version(before.version, changes), []
+        before = kept
+    new, changes = source.contract, diff(before, source.contract)
+    required = required_version(before.version, changes)
+    lines: list[str] = []
     if not enough(new.version, required):
         breaking = [change for change in changes if change.breaking] or list(changes)
         lines.append(f"version {new.version} must be at least {required}, for {len(changes)} changes:")
@@ -167,12 +216,12 @@ def checked(use_case: UseCase, against: str | None) -> tuple[list[str], bool]:
             "from: a view is another one when its fields, entity, time or lateness change"
         )
     elif champion is not None:
-        for use in affected(changes, lineage(use_case)):
+        for use in affected(changes, lineage(use_case, dimension)):
             if use.view == champion.view:
                 reached = f"{use.field} → {', '.join(use.columns)}"
                 lines.append(f"it would break the champion, version {champion.version}: {reached}")
     fine = not lines
-    said = f"{use_case.name}: {len(changes)} changes after version {before.version}, and nothing that breaks unsaid"
+    said = f"{source.name}: {len(changes)} changes after version {before.version}, and nothing that breaks unsaid"
     return ([said] if fine else lines), fine
 
 
@@ -231,10 +280,11 @@ def _replay(use_case: UseCase, options: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class _Champion:
-    """The version that answers, the contract that it was trained under, if it keeps it, and its view."""
+    """The version that answers, the contracts that it was trained under, if it keeps them, and its view."""
 
     version: str
     contract: Contract | None
+    dimensions: dict[str, Contract] | None
     view: str
 
 
@@ -247,8 +297,13 @@ def _champion(usecase: str) -> _Champion | None:
         return None
     version: str = routing.document["champion"]
     page = load(Registry(settings).download(usecase, version, settings.cache_dir / "models"))
-    kept = page.training.get("contract")
-    return _Champion(version, None if kept is None else Contract.model_validate(kept), page.view)
+    kept, parts = page.training.get("contract"), page.training.get("dimensions")
+    return _Champion(
+        version,
+        None if kept is None else Contract.model_validate(kept),
+        None if parts is None else {name: Contract.model_validate(part) for name, part in parts.items()},
+        page.view,
+    )
 
 
 def _versions(usecase: str) -> dict[str, list[str]]:

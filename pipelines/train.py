@@ -214,7 +214,9 @@ def make_artifact(
             "losses": fitted.losses,
             "rows": fitted.rows,
             "seconds": round(fitted.seconds, 3),
-            "contract": contract.model_dump(mode="json"),  # what a later one is held against
+            # What later ones are held against.
+            "contract": contract.model_dump(mode="json"),
+            "dimensions": {part.name: part.contract.model_dump(mode="json") for part in use_case.view.dimensions},
         },
         code=code_fingerprint(),
         versions={name: importlib.metadata.version(name) for name in _VERSIONED}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipelines.features.derived import traces
 from pipelines.features.windows import pages
-from pipelines.spec import FeatureView, UseCase
+from pipelines.spec import Dimension, FeatureView, UseCase
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,32 @@ class Use:
     columns: tuple[str, ...]
 
 
-def lineage(use_case: UseCase) -> tuple[Use, ...]:
-    """The uses of every field of the contract by every view of the page, in the order of views and fields.
+def lineage(use_case: UseCase, dimension: str | None = None) -> tuple[Use, ...]:
+    """The uses of every field of the contract, or of that of a ``dimension``, by every view of the page.
+
+    They come in the order of views and fields.
 
     Entity and time are in every column of a view that is made of events, and the target in what a version learns.
     """
     found = []
     for fingerprint, page in pages(use_case).items():
-        for field in use_case.contract.fields:
-            columns = _columns(page, field.name)
+        parts = [part for part in page.view.dimensions if part.name == dimension]
+        contracts = [use_case.contract] if dimension is None else [part.contract for part in parts]
+        for field in (field for contract in contracts for field in contract.fields):
+            direct = _of_events(page, field.name) if dimension is None else _of_dimension(parts[0], field.name)
+            columns = _with_derived(page, direct)
             if columns:
                 found.append(Use(field.name, fingerprint, page.view.name, columns))
     return tuple(found)
 
 
-def _columns(page: UseCase, field: str) -> tuple[str, ...]:
+def _of_dimension(dimension: Dimension, field: str) -> set[str]:
+    if field in (dimension.contract.entity, dimension.contract.time):
+        return set(dimension.features)
+    return {f"{dimension.name}_{field}"} & set(dimension.features)
+
+
+def _of_events(page: UseCase, field: str) -> set[str]:
     view, contract = page.view, page.contract
     if field in (contract.entity, contract.time):
         direct = {*view.stored, *view.calendar_columns}
@@ -46,11 +57,16 @@ def _columns(page: UseCase, field: str) -> tuple[str, ...]:
         direct.add(field)
     if field == contract.entity and field in page.model.categorical:
         direct.add(field)
+    if field == page.model.target.field:
+        direct.add(f"target {field}")
+    return direct
+
+
+def _with_derived(page: UseCase, direct: set[str]) -> tuple[str, ...]:
+    view = page.view
     for name, found in traces(view).items():
         if direct.intersection(found.arguments):
             direct.add(name)
-    if field == page.model.target.field:
-        direct.add(f"target {field}")
     order = (*view.stored, *view.inputs, *view.calendar_columns, *(derived.name for derived in view.derived))
     places = {name: place for place, name in enumerate(order)}
     return tuple(sorted(direct, key=lambda name: (places.get(name, len(order)), name)))

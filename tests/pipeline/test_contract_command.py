@@ -15,11 +15,12 @@ from pipelines import contract as command
 from pipelines import usecases
 from pipelines.contracts.odcs import to_odcs
 from pipelines.features.windows import pages
-from pipelines.spec import Contract
+from pipelines.spec import Contract, UseCase
 from pipelines.training.artifact import load, write_page
 from pipelines.training.registry import Registry
 from serving import routing
 from serving.cli import main as tidegate
+from tests.data.profiles import made_case
 from tests.data.test_evolution import OLD
 from tests.model.test_artifact import make
 
@@ -42,16 +43,15 @@ def write(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def champion(settings: Settings, folder: Path, contract: dict[str, Any] | None) -> str:
-    """A champion of aqua's view that was trained under a contract."""
+def champion(settings: Settings, folder: Path, training: dict[str, Any], page: UseCase = AQUA) -> str:
+    """A champion of a page's view that was trained under what ``training`` says."""
     make(folder)
-    training = {} if contract is None else {"contract": contract}
-    changes = {"use_case": "aqua", "view": next(iter(pages(AQUA))), "training": training}
+    changes = {"use_case": page.name, "view": next(iter(pages(page))), "training": training}
     write_page(folder, load(folder).model_copy(update=changes))
     version = Registry(settings).register(folder, gates={}, gates_passed=True, params={}, metrics={}).version
     database = Database(settings.database_url)
     database.create()
-    routing.publish(database, "aqua", None, {"champion": version})
+    routing.publish(database, page.name, None, {"champion": version})
     return version
 
 
@@ -87,7 +87,7 @@ def test_show_writes_what_diff_reads_as_the_same(settings, tmp_path, capsys) -> 
 
 
 def test_diff_names_changes_views_and_versions(settings, tmp_path, capsys) -> None:
-    version = champion(settings, tmp_path / "artifact", None)
+    version = champion(settings, tmp_path / "artifact", {})
     old = write(tmp_path / "old.json", inflow={"maximum": 900.0}, owner="others")
     assert tidegate(["contract", "diff", old, "aqua"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -101,7 +101,7 @@ def test_diff_names_changes_views_and_versions(settings, tmp_path, capsys) -> No
 
 def test_check_fails_without_a_major_version_and_where_it_breaks_the_champion(settings, tmp_path, capsys) -> None:
     before = json.loads(Path(write(tmp_path / "old.json", inflow={"maximum": 900.0})).read_text())
-    version = champion(settings, tmp_path / "artifact", before)
+    version = champion(settings, tmp_path / "artifact", {"contract": before})
     assert tidegate(["contract", "check", "aqua"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "version 1.1.0 must be at least 2.0.0, for 1 changes:"
@@ -113,7 +113,7 @@ def test_check_fails_without_a_major_version_and_where_it_breaks_the_champion(se
 
 
 def test_check_fails_where_the_view_of_the_champion_is_no_longer_on_the_page(settings, tmp_path, capsys) -> None:
-    version = champion(settings, tmp_path / "artifact", json.loads(AQUA.contract.model_dump_json()))
+    version = champion(settings, tmp_path / "artifact", {"contract": json.loads(AQUA.contract.model_dump_json())})
     later = AQUA.contract.model_copy(update={"future": AQUA.contract.lateness, "version": "2.0.0"})
     lines, fine = command.checked(AQUA.model_copy(update={"contract": later}), None)
     assert not fine
@@ -128,6 +128,54 @@ def test_two_files_are_compared_with_the_page_that_has_their_contract(settings, 
     old, new = (write(tmp_path / f"{n}.json", name="others") for n in "cd")
     assert tidegate(["contract", "diff", old, new]) == 0
     assert "no page has a contract 'others'" in capsys.readouterr().out
+
+
+@pytest.fixture
+def metered(monkeypatch) -> UseCase:
+    """A page with two dimensions, known by name beside the others."""
+    page = made_case()
+    load_others, known = usecases.load, usecases.names()
+    monkeypatch.setattr(usecases, "names", lambda: [*known, page.name])
+    monkeypatch.setattr(usecases, "load", lambda name: page if name == page.name else load_others(name))
+    return page
+
+
+def test_a_dimension_s_contract_is_shown_compared_and_checked_like_any_other(
+    settings, tmp_path, metered, monkeypatch, capsys
+) -> None:
+    name = f"{metered.name}.profile"
+    assert tidegate(["contract", "show", name]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["name"] == "profiles"
+    for field in shown["fields"]:
+        field.update({"minimum": -1.0} if field["name"] == "people" else {})
+    old = tmp_path / f"{metered.name}.json"  # which is no dimension
+    old.write_text(json.dumps(shown))
+    assert tidegate(["contract", "diff", str(old), name]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("people: minimum raised (-1.0 → 0.0): breaks writers")
+    assert said[2].endswith("model versions none: people → profile_people")
+    training = {"contract": metered.contract.model_dump(mode="json"), "dimensions": {"profile": shown}}
+    version = champion(settings, tmp_path / "artifact", training, metered)
+    assert tidegate(["contract", "check", metered.name]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{metered.name}: 0 changes after version ")
+    assert said[1] == "version 1.0.0 must be at least 2.0.0, for 1 changes:"
+    assert said[3] == f"it would break the champion, version {version}: people → profile_people"
+    assert tidegate(["contract", "check", metered.name, "--dimension", "profile"]) == 1
+    assert capsys.readouterr().out.splitlines() == said[1:]
+    assert tidegate(["contract", "check", metered.name, "--dimension", "kind"]) == 1
+    assert "keeps no contract of 'kind'" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert command.read_contract(old.name).field("people").minimum == -1, "a file of that name is a file"
+
+
+def test_a_champion_from_before_dimensions_were_kept_says_what_was_not_checked(
+    settings, tmp_path, metered, capsys
+) -> None:
+    champion(settings, tmp_path / "artifact", {"contract": metered.contract.model_dump(mode="json")}, metered)
+    assert tidegate(["contract", "check", metered.name]) == 0
+    assert "profile: the champion keeps no contract of it, so it was not checked" in capsys.readouterr().out
 
 
 def test_help_and_what_is_away_are_told_in_a_line(settings, monkeypatch, capsys) -> None:
@@ -151,7 +199,7 @@ def test_a_change_of_words_needs_a_patch(settings, tmp_path, capsys) -> None:
 def test_what_cannot_be_compared_is_said(settings, tmp_path, capsys) -> None:
     for arguments, told in (
         (["check", "aqua"], "has no champion yet to check against"),
-        (["diff", str(tmp_path / "none.json"), "aqua"], "neither a use case (aqua, prop) nor a file"),
+        (["diff", str(tmp_path / "none.json"), "aqua"], "is no use case or dimension (aqua, prop), nor a file"),
     ):
         assert tidegate(["contract", *arguments]) == 1
         assert told in capsys.readouterr().err
@@ -161,6 +209,6 @@ def test_what_cannot_be_compared_is_said(settings, tmp_path, capsys) -> None:
         assert tidegate(["contract", "diff", str(path), "aqua"]) == 1
         assert f"{path} holds no contract" in (said := capsys.readouterr().err)
         assert told in said
-    version = champion(settings, tmp_path / "artifact", None)
+    version = champion(settings, tmp_path / "artifact", {})
     assert tidegate(["contract", "check", "aqua"]) == 1
     assert f"version {version}, the champion, keeps no contract" in capsys.readouterr().err
