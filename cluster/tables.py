@@ -13,7 +13,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -241,6 +241,32 @@ class Tables:
         ``partition`` prunes as in ``files``. Rows of a file keep their order; files come by path. The strings of
         ``encoded`` come as dictionaries, as they lie in the files, which spares a copy of every one.
         """
+        dataset, schema = self._dataset(name, version, columns, partition, encoded)
+        return dataset.to_table(columns=schema.names, filter=filter).cast(schema)
+
+    def batches(
+        self,
+        name: str,
+        version: int | None = None,
+        columns: Sequence[str] | None = None,
+        filter: pc.Expression | None = None,
+    ) -> Iterator[pa.Table]:
+        """What ``read`` gives, a few thousand rows at a time: no more than some files lie in memory at once."""
+        dataset, schema = self._dataset(name, version, columns, None, ())
+        scan = dataset.scanner(columns=schema.names, filter=filter, batch_readahead=2, fragment_readahead=1)
+        for batch in scan.to_batches():
+            if batch.num_rows:
+                yield pa.Table.from_batches([batch]).cast(schema)
+
+    def _dataset(
+        self,
+        name: str,
+        version: int | None,
+        columns: Sequence[str] | None,
+        partition: Mapping[str, Sequence[int | str]] | None,
+        encoded: Sequence[str],
+    ) -> tuple[ds.Dataset, pa.Schema]:
+        """The files of a version, and the schema of the columns that are asked for."""
         handle = self._open(name, version)
         schema = _encoded(_declared(handle), encoded)
         stored = _storable(schema)
@@ -252,8 +278,7 @@ class Tables:
         ]
         dataset = ds.FileSystemDataset(fragments, stored, parquet, filesystem)
         names = list(columns) if columns is not None else schema.names
-        rows = dataset.to_table(columns=names, filter=filter)
-        return rows.cast(pa.schema([schema.field(column) for column in names]))
+        return dataset, pa.schema([schema.field(column) for column in names])
 
     def compact(self, name: str) -> int:
         """Rewrite small files as large ones in a new version with the same rows; how many files went."""

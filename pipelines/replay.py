@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ REPLAYED_SCHEMA = pa.schema([("row", pa.string()), ("replay", pa.string())])
 """``row`` is the fingerprint of a quarantined row, ``replay`` the id of the load that took it up."""
 _HTTP, _ROWS, _CONTRACT = "http", "rows", "contract"
 _NEVER = frozenset({rules.FILE_UNREADABLE, rules.KEY_DUPLICATE})
+_AT_ONCE = 100_000
 _ORPHANED_S = 24 * 3600.0
 _COLUMNS = [events.LOAD_ID, "source", "position", "rules", "record", "at"]
 
@@ -95,26 +96,30 @@ def replay(
     rows, or of those that broke any of the rules ``broken`` (``inflow.maximum``) or came by any of ``loads``.
 
     Rows that came over HTTP are taken to be known from now on, since no state has had them; those of files as those of
-    any load. Raises ``TimeoutError`` while another replay of the source runs.
+    any load. Some at a time are taken up, so that a quarantine of any size can be replayed. Raises ``TimeoutError``
+    while another replay of the source runs.
     """
     tables.ensure(replayed_table(source), REPLAYED_SCHEMA)
     place = _Place(source, tables, database, settings, clock)
     with kept_lease(database, f"replay/{source.name}", uuid.uuid4().hex) as still_held:
         done = [place.load(name) for name in place.begun()]
-        found, left, unreadable = _select(place, set(broken), set(loads))
-        rows = _passing(source.contract, found, clock.now())
-        for http in (True, False):
-            mine = [row for row in rows if row.http is http]
-            if not mine:
-                continue
-            kind = _HTTP if http else "files"
-            name = f"{kind}-{fingerprint(source.contract, *sorted(row.mark for row in mine))}"
-            place.set_aside(name, mine)
-            still_held()
-            marks = pa.table([[row.mark for row in mine], [name] * len(mine)], schema=REPLAYED_SCHEMA)
-            tables.append(replayed_table(source), marks, f"replay/{name}")
-            done.append(place.load(name))
-    return Replayed(tuple(done), len(found) - len(rows), left, unreadable)
+        refused = 0
+        chosen = _Selection(place, frozenset(broken), frozenset(loads))
+        for found in chosen.rows():
+            rows = _passing(source.contract, found, clock.now())
+            refused += len(found) - len(rows)
+            for http in (True, False):
+                mine = [row for row in rows if row.http is http]
+                if not mine:
+                    continue
+                kind = _HTTP if http else "files"
+                name = f"{kind}-{fingerprint(source.contract, *sorted(row.mark for row in mine))}"
+                place.set_aside(name, mine)
+                still_held()
+                marks = pa.table([[row.mark for row in mine], [name] * len(mine)], schema=REPLAYED_SCHEMA)
+                tables.append(replayed_table(source), marks, f"replay/{name}")
+                done.append(place.load(name))
+    return Replayed(tuple(done), refused, chosen.left, chosen.unreadable)
 
 
 @dataclass(frozen=True)
@@ -199,32 +204,58 @@ def _by_columns(rows: Iterable[_Row]) -> list[tuple[tuple[str, ...], list[_Row]]
     return sorted(found.items())
 
 
-def _select(place: _Place, broken: set[str], loads: set[str]) -> tuple[list[_Row], int, int]:
-    """The rows that may be replayed, each once; how many never can be, and how many are no record."""
-    name = quarantine_table(place.source)
-    if not place.tables.exists(name):
-        return [], 0, 0
-    gone = set(place.tables.read(replayed_table(place.source)).column("row").to_pylist())
-    wanted = pc.field(events.LOAD_ID).isin(sorted(loads)) if loads else None
-    table = place.tables.read(name, columns=_COLUMNS, filter=wanted)
-    table = table.set_column(_COLUMNS.index("at"), "at", table.column("at").cast(pa.int64()))
-    rows: dict[str, _Row] = {}
-    left = unreadable = 0
-    for row in table.to_pylist():
-        told = (row[events.LOAD_ID], row["source"], row["position"], row["at"], row["record"])
-        mark = xxhash.xxh3_128_hexdigest(repr(told).encode())
-        if mark in gone or (broken and not broken & set(row["rules"])):
-            continue
-        if _NEVER & set(row["rules"]):
-            left += 1
-            continue
-        record = json.loads(row["record"])
-        if not isinstance(record, dict):
-            unreadable += 1
-            continue
-        text = row["source"].lower().endswith(".csv") and all(v is None or isinstance(v, str) for v in record.values())
-        rows[mark] = _Row(mark, record, row["source"] == _HTTP, text)
-    return list(rows.values()), left, unreadable
+@dataclass
+class _Selection:
+    """The rows of the quarantine that may be replayed, each once. When all were given, ``left`` says how many never can
+    be, and ``unreadable`` how many are no record.
+    """
+
+    place: _Place
+    broken: frozenset[str]
+    loads: frozenset[str]
+    left: int = 0
+    unreadable: int = 0
+
+    def rows(self) -> Iterator[list[_Row]]:
+        """Some at a time, as the quarantine is now."""
+        name, found = quarantine_table(self.place.source), dict[str, _Row]()
+        tables, seen = self.place.tables, set[str]()
+        if not tables.exists(name):
+            return
+        gone = tables.read(replayed_table(self.place.source)).column("row").combine_chunks()
+        wanted = pc.field(events.LOAD_ID).isin(sorted(self.loads)) if self.loads else None
+        for batch in tables.batches(name, tables.version(name), _COLUMNS, wanted):
+            found |= {row.mark: row for row in self._of_batch(batch, gone) if row.mark not in seen}
+            if len(found) >= _AT_ONCE:
+                seen.update(found)
+                yield list(found.values())
+                found = {}
+        if found:
+            yield list(found.values())
+
+    def _of_batch(self, table: pa.Table, gone: pa.Array) -> Iterator[_Row]:
+        table = table.set_column(_COLUMNS.index("at"), "at", table.column("at").cast(pa.int64()))
+        rows = table.to_pylist()
+        marks = [_mark(row) for row in rows]
+        taken = pc.is_in(pa.array(marks, pa.string()), value_set=gone).to_pylist()
+        for row, mark, before in zip(rows, marks, taken, strict=True):
+            if before or (self.broken and not self.broken & set(row["rules"])):
+                continue
+            if _NEVER & set(row["rules"]):
+                self.left += 1
+                continue
+            record = json.loads(row["record"])
+            if not isinstance(record, dict):
+                self.unreadable += 1
+                continue
+            cells = all(value is None or isinstance(value, str) for value in record.values())
+            yield _Row(mark, record, row["source"] == _HTTP, row["source"].lower().endswith(".csv") and cells)
+
+
+def _mark(row: dict[str, Any]) -> str:
+    """The fingerprint of a quarantined row."""
+    told = (row[events.LOAD_ID], row["source"], row["position"], row["at"], row["record"])
+    return xxhash.xxh3_128_hexdigest(repr(told).encode())
 
 
 def _jsonl(rows: Iterable[_Row]) -> str:

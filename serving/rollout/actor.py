@@ -117,6 +117,8 @@ class RolloutActor:
         while True:
             try:
                 if self._made is None:
+                    if (announcer := self._announcer(parts)) is not None:
+                        announcer.begin()
                     world = ServeWorld(parts.use_case, parts.settings, parts.database, parts.alerts, parts.clock)
                     self._made = Controller(parts.use_case, Journal(parts.database, self._usecase), world, parts.clock)
                 self._made.turn()
@@ -245,14 +247,16 @@ class RolloutActor:
                 _open(parts.alerts, AUDIT_ALERT, self._usecase, error)
                 pause.wait(_AFTER_AUDIT_FAILURE_S)
 
+    def _announcer(self, parts: _Parts) -> Announcer | None:
+        url = parts.settings.webhook_url
+        return None if url is None else Announcer(self._usecase, parts.database, Webhook(url))
+
     def _notify(self) -> None:
         """Tells the webhook, if there is one, of this use case's releases, and of alerts, which one controller does."""
         parts, pause = self._parts(), threading.Event()
-        if parts.settings.webhook_url is None:
+        if (announcer := self._announcer(parts)) is None:
             return
-        webhook = Webhook(parts.settings.webhook_url)
-        announcer = Announcer(self._usecase, parts.database, webhook)
-        notifier = Notifier(parts.database, webhook, f"{socket.gethostname()}:{os.getpid()}")
+        notifier = Notifier(parts.database, announcer.webhook, f"{socket.gethostname()}:{os.getpid()}")
         while not pause.wait(_NOTIFY_S):
             try:
                 if announcer.turn() + notifier.turn():

@@ -19,7 +19,8 @@ class Announcer:
     """Tells ``webhook`` of one use case's journal. What was journalled before the first of its kind is not told."""
 
     def __init__(self, usecase: str, database: Database, webhook: Webhook) -> None:
-        self._usecase, self._database, self._webhook = usecase, database, webhook
+        self.webhook = webhook
+        self._usecase, self._database = usecase, database
         self._journal = Journal(database, usecase)
         self._situation: Situation | None = None
 
@@ -42,7 +43,7 @@ class Announcer:
         for entry in self._journal.read(self._situation.sequence):
             before, after = self._situation, self._situation.after(entry)
             if (text := announcement(self._usecase, before.state, after.state, entry)) is not None:
-                self._webhook.send(_document(self._usecase, text, before.state, after.state, entry))
+                self.webhook.send(_document(self._usecase, text, before.state, after.state, entry))
                 self._database.tell_until(self._journal.stream, entry.sequence)
                 sent += 1
             self._situation = after

@@ -166,6 +166,17 @@ def test_rows_of_parquet_files_come_back_with_their_zones_and_decimals(home, tmp
     assert found.column("time").cast(pa.int64()).to_pylist() == rows.column("time").cast(pa.int64()).to_pylist()
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 30])
+def test_many_rows_are_replayed_some_at_a_time_and_each_once(loaded, monkeypatch, at_once) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+    half = again(loaded, limited(19.0))
+    assert (half.accepted, half.refused, half.left, half.unreadable) == (10, 20, 1, 2)
+    rest = again(loaded, limited(300.0))
+    assert (rest.accepted, rest.refused) == (20, 0)
+    assert len(rest.loads) > 1 or at_once == 30
+    assert inflows(loaded) == [float(i) for i in range(40)]
+
+
 def test_rules_and_loads_choose_rows(loaded) -> None:
     quarantine_http(loaded, readings(range(40, 43)))
     assert again(loaded, limited(300.0), broken=["inflow.minimum"]).loads == ()
@@ -182,7 +193,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("point", ["set_aside", "append", "events", "quarantine", "delete"])
 def test_a_replay_that_is_killed_is_ended_by_the_next_one(loaded, monkeypatch, point, after, contract) -> None:
-    """Killed under a contract that takes all rows, and run again under another."""
+    """Killed under a contract that takes all rows, and run again, ten rows at a time, under another."""
     quarantine_http(loaded, readings(range(40, 43)))
     plain = type(loaded.tables)
 
@@ -217,6 +228,7 @@ def test_a_replay_that_is_killed_is_ended_by_the_next_one(loaded, monkeypatch, p
                 settings=loaded.settings,
                 clock=loaded.clock,
             )
+    monkeypatch.setattr(module, "_AT_ONCE", 10)
     again(loaded, limited(contract))
     again(loaded, limited(300.0))
     assert inflows(loaded) == [float(i) for i in range(43)]
