@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deltalake.exceptions import TableNotFoundError
+from sqlalchemy.exc import DBAPIError
 
+from cluster.disk import disk_takes_no_more
 from cluster.log import LogUnavailable
+from pipelines.contracts.leases import LeaseLost
 from pipelines.features.state import StateError
 
 
@@ -23,5 +26,9 @@ def explained(use_case: str) -> Iterator[None]:
     except TableNotFoundError as error:
         said = f"{error.args[0]}; load its rows first, for events with `python -m pipelines.ingest {use_case} FILE …`"
         sys.exit(f"tidegate: {said}")
-    except (StateError, LogUnavailable, FileNotFoundError) as error:
+    except (StateError, LogUnavailable, LeaseLost, FileNotFoundError, TimeoutError) as error:
         sys.exit(f"tidegate: {error}")
+    except (OSError, DBAPIError) as error:
+        if (refusal := disk_takes_no_more(error)) is None:
+            raise
+        sys.exit(f"tidegate: the disk takes no more ({refusal}). Make room, and run it again: it goes on where it was")

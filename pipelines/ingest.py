@@ -28,7 +28,7 @@ from pipelines import usecases
 from pipelines.commands import explained
 from pipelines.contracts import enforce, events, sources
 from pipelines.contracts.datasets import Manifest, findings, reconcile, refusals
-from pipelines.contracts.leases import events_lease
+from pipelines.contracts.leases import events_lease, kept_lease
 from pipelines.contracts.profile import expects, merged
 from pipelines.spec import EventSource, References
 from pipelines.spec.base import fingerprint
@@ -76,10 +76,11 @@ def ingest(
     """Loads files, directories or s3:// URIs of .parquet, .csv and .jsonl into the use case's events table.
 
     A load is known by ``load_id`` (by default a hash of names and contents): one that ended before is only
-    reported, one that was interrupted is completed as if it had not been. When more than the contract's
-    share of rows is refused no event is published; all its rows are in the quarantine. ``auto`` is Ray above
-    ``settings.ray_rows`` rows if this process is connected to it. No row is taken to have been known before
-    ``known_from_us``, for rows that nobody could use until now.
+    reported, one that was interrupted is completed as if it had not been, and one that another process is at is waited
+    for (``TimeoutError`` after two minutes). When more than the contract's share of rows is refused no event is
+    published; all its rows are in the quarantine. ``auto`` is Ray above ``settings.ray_rows`` rows if this process is
+    connected to it. No row is taken to have been known before ``known_from_us``, for rows that nobody could use until
+    now.
 
     Events are committed before the quarantine: the two markers then tell an interrupted load's decision.
     """
@@ -90,36 +91,47 @@ def ingest(
     event_table, quarantine_table = enforce.events_table(source), enforce.quarantine_table(source)
     tables.ensure(event_table, events.events_schema(source.contract), [events.BUCKET], grows=True)
     tables.ensure(quarantine_table, events.QUARANTINE_SCHEMA)
-    load = database.begin_load(load_id, source.name, event_table, clock.now())
-    if load.manifest is not None:
-        done = {**load.manifest, "status": f"already_{load.status}", "seconds": time.monotonic() - began}
-        return LoadReport(**done)
-    staging = f"{tables.url}/_staging/{fingerprint(load_id)}"
-    context = enforce.LoadContext(
-        contract=source.contract,
-        events=event_table,
-        quarantine=quarantine_table,
-        load_id=load_id,
-        as_of_us=load.as_of_us,
-        tables=tables,
-        staging=f"{staging}/{uuid.uuid4().hex}",
-        names=tuple(file.name for file in found),
-        buckets=settings.buckets,
-        known_from_us=known_from_us,
-    )
-    chosen = _engine(engine, found, settings, options)
-    splits = sources.split(found, options)
-    staged = _whole_files(context, enforce.run(chosen, partial(enforce.stage, context), splits))
-    work = _buckets(staged, settings.buckets if expects(source.contract) is not None else 0)
     holder = f"load/{load_id}/{uuid.uuid4().hex}"
+    with kept_lease(database, f"load/{fingerprint(load_id)}", holder):
+        load = database.begin_load(load_id, source.name, event_table, clock.now())
+        if load.manifest is not None:
+            done = {**load.manifest, "status": f"already_{load.status}", "seconds": time.monotonic() - began}
+            return LoadReport(**done)
+        context = enforce.LoadContext(
+            contract=source.contract,
+            events=event_table,
+            quarantine=quarantine_table,
+            load_id=load_id,
+            as_of_us=load.as_of_us,
+            tables=tables,
+            staging=f"{tables.url}/_staging/{fingerprint(load_id)}/{uuid.uuid4().hex}",
+            names=tuple(file.name for file in found),
+            buckets=settings.buckets,
+            known_from_us=known_from_us,
+        )
+        report = _load(context, _engine(engine, found, settings, options), found, source, database, holder)
+        report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
+        ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
+        database.finish_load(load_id, ended, asdict(report))
+        # Those of this load's earlier runs, too: nobody else is at it.
+        filesystem, path = open_filesystem(context.staging.rpartition("/")[0], options)
+        filesystem.delete_dir_contents(path, missing_dir_ok=True)
+        return report
+
+
+def _load(
+    context: enforce.LoadContext,
+    engine: enforce.Engine,
+    found: list[sources.Source],
+    source: EventSource,
+    database: Database,
+    holder: str,
+) -> LoadReport:
+    splits = sources.split(found, context.tables.storage_options)
+    staged = _whole_files(context, enforce.run(engine, partial(enforce.stage, context), splits))
+    work = _buckets(staged, context.buckets if expects(context.contract) is not None else 0)
     with events_lease(database, source, holder) as still_held:
-        report = _publish(context, chosen, staged, work, _history(database, source.name, event_table), still_held)
-    report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
-    ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
-    database.finish_load(load_id, ended, asdict(report))
-    filesystem, path = open_filesystem(staging, options)
-    filesystem.delete_dir_contents(path, missing_dir_ok=True)
-    return report
+        return _publish(context, engine, staged, work, _history(database, source.name, context.events), still_held)
 
 
 def _publish(
@@ -249,9 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"use case {use_case.name!r} has no dimension {given.dimension!r}; it has {sorted(dimensions)}")
     settings = Settings.from_environment()
     _join_cluster(settings, given.engine)
-    database = Database(settings.database_url)
-    database.create()
     with explained(use_case.name):
+        database = Database(settings.database_url)
+        database.create()
         report = ingest(
             use_case if given.dimension is None else use_case.source(dimensions[given.dimension]),
             given.sources,
