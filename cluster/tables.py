@@ -103,8 +103,9 @@ class Tables:
     def ensure(self, name: str, schema: pa.Schema, partition_by: Sequence[str] = (), *, grows: bool = False) -> None:
         """Create the table, or check that it has this schema and these partitions.
 
-        With ``grows``, columns that an older table lacks are added to it; they are null in the rows it has. Raises
-        ``ValueError`` naming every field that differs.
+        With ``grows``, columns that an older table lacks are added to it; they are null in the rows it has. Columns
+        that it has beyond the schema stay, for rows that are written as ``partial``. Raises ``ValueError`` naming every
+        field that differs.
         """
         stored = _storable(schema)
         if not self.exists(name):
@@ -128,19 +129,26 @@ class Tables:
         handle = self._open(name, without_files=True)
         declared = _declared(handle)
         if grows and (added := [field for field in schema if field.name not in declared.names]):
-            _compare(name, declared, pa.schema([field for field in schema if field.name in declared.names]))
+            _compare(name, declared, pa.schema([f for f in schema if f.name in declared.names]), partial=True)
             handle = self._grow(name, handle, pa.schema([*declared, *added]))
-        _compare(name, _declared(handle), schema)
+        _compare(name, _declared(handle), schema, partial=grows)
         if (existing := list(handle.metadata().partition_columns)) != list(partition_by):
             raise ValueError(
                 f"table {name!r} is partitioned by {existing}, not by {list(partition_by)}: use another name"
             )
 
-    def write_file(self, name: str, table: pa.Table, partition: Mapping[str, int | str] | None = None) -> DataFile:
+    def write_file(
+        self,
+        name: str,
+        table: pa.Table,
+        partition: Mapping[str, int | str] | None = None,
+        *,
+        partial: bool = False,
+    ) -> DataFile:
         """Write one Parquet file of a uniquely named path; nothing sees it before ``commit``.
 
-        ``partition`` gives the value of every partition column; those columns are not in the file.
-        Raises ``ValueError`` when columns or partitions do not fit the table.
+        ``partition`` gives the value of every partition column; those columns are not in the file. With ``partial``,
+        columns that ``table`` lacks are null. Raises ``ValueError`` when columns or partitions do not fit the table.
         """
         handle = self._open(name, without_files=True)
         schema, columns = _declared(handle), list(handle.metadata().partition_columns)
@@ -149,7 +157,10 @@ class Tables:
             raise ValueError(f"table {name!r} is partitioned by {columns}, but {sorted(values)} were given")
         body = pa.schema([field for field in schema if field.name not in columns])
         table = table.drop_columns([column for column in columns if column in table.column_names])
-        _compare(name, body, table.schema)
+        _compare(name, body, table.schema, partial=partial)
+        for field in body:
+            if field.name not in table.column_names:
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         table = table.select(body.names).cast(_storable(body))
         folder = "/".join(f"{column}={values[column]}" for column in columns)
         path = f"{folder}/part-{uuid.uuid4().hex}.parquet" if folder else f"part-{uuid.uuid4().hex}.parquet"
@@ -189,13 +200,14 @@ class Tables:
             return Commit(version, applied=True)
         raise AssertionError("unreachable")
 
-    def append(self, name: str, table: pa.Table, app_id: str, marker: int = 1) -> Commit:
-        """Split ``table`` by its partition columns, write the files and commit them once."""
+    def append(self, name: str, table: pa.Table, app_id: str, marker: int = 1, *, partial: bool = False) -> Commit:
+        """Split ``table`` by its partition columns, write the files (see ``write_file``) and commit them once."""
         if (seen := self.marker(name, app_id)) is not None and seen >= marker:
             return Commit(self.version(name), applied=False)
         columns = list(self._open(name, without_files=True).metadata().partition_columns)
         parts = _split(table, columns) if table.num_rows else []
-        return self.commit(name, [self.write_file(name, rows, at) for at, rows in parts], app_id, marker)
+        files = [self.write_file(name, rows, at, partial=partial) for at, rows in parts]
+        return self.commit(name, files, app_id, marker)
 
     def version(self, name: str) -> int:
         """The newest version of the table."""
@@ -450,11 +462,11 @@ def _declared(handle: DeltaTable) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed)))
 
 
-def _compare(name: str, table: pa.Schema, given: pa.Schema) -> None:
+def _compare(name: str, table: pa.Schema, given: pa.Schema, *, partial: bool = False) -> None:
     mine = {field.name: field.type for field in table}
     other = {field.name: field.type for field in given}
     faults = [f"{key} is {mine[key]}, given {other[key]}" for key in mine if key in other and mine[key] != other[key]]
-    faults += [f"{key} ({mine[key]}) is missing" for key in mine if key not in other]
+    faults += [f"{key} ({mine[key]}) is missing" for key in mine if key not in other and not partial]
     faults += [f"{key} ({other[key]}) is not a column of it" for key in other if key not in mine]
     if faults:
         raise ValueError(f"table {name!r} has another schema: {'; '.join(faults)}")

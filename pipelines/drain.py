@@ -92,13 +92,14 @@ def drain(
                 break
             last = records[-1].sequence
             if stream == EVENTS:
-                table = _event_rows(source, settings, records)
+                table = _event_rows(source, log, settings, records)
                 keep = _new(source, tables, table)
                 table = table.filter(pa.array(keep))
             else:
                 table = _decode(schemas[stream], stream, records)
             before_commit()
-            versions[stream] = tables.append(name, table, f"drain/{stream}", last).version
+            appended = tables.append(name, table, f"drain/{stream}", last, partial=stream == EVENTS)
+            versions[stream] = appended.version
             rows[stream] += table.num_rows
             if stream == EVENTS:
                 duplicates += _refuse(source, tables, [r for r, new in zip(records, keep, strict=True) if not new])
@@ -127,7 +128,7 @@ def drain_once(
         return drain(source, log, tables, settings, stop_at=stop_at(), before_commit=still_held)
 
 
-def _event_rows(source: EventSource, settings: Settings, records: Sequence[LogRecord]) -> pa.Table:
+def _event_rows(source: EventSource, log: Log, settings: Settings, records: Sequence[LogRecord]) -> pa.Table:
     return events.decode_events(
         source.contract,
         [record.value for record in records],
@@ -135,6 +136,8 @@ def _event_rows(source: EventSource, settings: Settings, records: Sequence[LogRe
         [record.sequence for record in records],
         load_id=LOAD_ID,
         buckets=settings.buckets,
+        layouts=lambda: events.layouts_of(log),
+        whole=True,
     )
 
 

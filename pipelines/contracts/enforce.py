@@ -232,7 +232,7 @@ def settle(
     written = None
     if mode == "publish" and accepted.any():
         table = _event_rows(context, staged.filter(pa.array(accepted)), work.bucket)
-        written = context.tables.write_file(context.events, table, {events.BUCKET: work.bucket})
+        written = context.tables.write_file(context.events, table, {events.BUCKET: work.bucket}, partial=True)
     return Settled(
         bucket=work.bucket,
         accepted=_counts(order[accepted]),

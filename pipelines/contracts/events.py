@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from cluster.log import Log, Record
 from pipelines.spec import Contract, Field, FieldType
 from pipelines.spec.base import microseconds
 
@@ -27,8 +29,11 @@ SEQUENCE = "_sequence"
 LOAD_ID = "_load_id"
 BUCKET = "_bucket"
 
+LAYOUTS = "layouts"
+"""The stream of a log that describes the records of its events; it is never trimmed."""
 INSTANT = pa.timestamp("us", "UTC")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_WIDENED = {"double": ("int64",)}
 _ARROW = {
     FieldType.STRING: pa.string(),
     FieldType.FLOAT: pa.float64(),
@@ -98,6 +103,83 @@ def from_microseconds(value: int) -> datetime:
     return _EPOCH + timedelta(microseconds=value)
 
 
+class OtherLayout(OSError):
+    """A record of the log has fields that this code cannot tell, or must not lose; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which fields the values of a record in the log are of: their names, with their Arrow types, in order."""
+
+    fields: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, contract: Contract) -> Layout:
+        """That of records which are written under a contract."""
+        return cls(tuple((field.name, str(arrow_type(field))) for field in contract.fields))
+
+    @classmethod
+    def read(cls, text: bytes) -> Layout:
+        """What ``text`` wrote."""
+        return cls(tuple((name, kind) for name, kind in orjson.loads(text)))
+
+    @property
+    def text(self) -> bytes:
+        """Its form in the log."""
+        return orjson.dumps(self.fields)
+
+    @property
+    def mark(self) -> int:
+        """The number that its records begin with."""
+        return xxhash.xxh32_intdigest(self.text)
+
+
+def describe(contract: Contract) -> Record:
+    """What the stream ``LAYOUTS`` of a log must hold before the first event that is written under a contract."""
+    layout = Layout.of(contract)
+    return Record(b"%08x" % layout.mark, layout.text)
+
+
+def layouts_of(log: Log) -> list[Layout]:
+    """Those that a log holds records of, in the order in which they were first used."""
+    return [Layout.read(record.value) for record in log.read(LAYOUTS, 0)]
+
+
+def _laid_out(mine: Layout, rows: list[list[Any]], known: Sequence[Layout], *, whole: bool) -> list[list[Any]]:
+    """The rows as one's own layout has them; ``known`` in the order in which they were first used."""
+    order: dict[int, int] = {}
+    for place, layout in enumerate(known):
+        order.setdefault(layout.mark, place)
+    takes: dict[int, list[int | None]] = {}
+
+    def taken(mark: int) -> list[int | None]:
+        if mark not in order:
+            raise OtherLayout(f"records of the log have the layout {mark:08x}, which nothing in the log describes")
+        theirs = known[order[mark]]
+        places = {name: place for place, (name, _) in enumerate(theirs.fields)}
+        kinds = dict(theirs.fields)
+        for name, kind in mine.fields:
+            if kinds.get(name, kind) not in (kind, *_WIDENED.get(kind, ())):
+                raise OtherLayout(
+                    f"records of the log have {name!r} as {kinds[name]}, and the contract has it as {kind}: deploy the "
+                    "contract of before until the log is drained"
+                )
+        lost = sorted(kinds.keys() - dict(mine.fields).keys())
+        if whole and lost and order[mark] > order.get(mine.mark, -1):
+            raise OtherLayout(f"records of the log have {lost}, of a later contract: the code that has it drains them")
+        return [places.get(name) for name, _ in mine.fields]
+
+    found = []
+    for row in rows:
+        if isinstance(row[0], str):  # from before records had a mark: fields may have been added behind since then
+            row = [mine.mark, *row, *[None] * (len(mine.fields) + 1 - len(row))]
+        elif row[0] != mine.mark:
+            places = takes.get(row[0]) or takes.setdefault(row[0], taken(row[0]))
+            row = [mine.mark, row[1], *(None if place is None else row[place + 2] for place in places)]
+        found.append(row)
+    return found
+
+
 def event_id(contract: Contract, record: Mapping[str, Any]) -> str:
     """The id of one event; see ``encoder``."""
     return encoder(contract)(record)[0]
@@ -112,10 +194,11 @@ def encoder(contract: Contract) -> Callable[[Mapping[str, Any]], tuple[str, byte
     """Compiles the function that gives an accepted record's event id, its identity in the log and its form there.
 
     The id is the key fields joined by ``|``; a ``|`` or backslash inside a string is escaped by a backslash, so
-    different keys never share an id. The identity is that of ``log_identities``. The form is a JSON array of the id and
-    the fields in contract order; the contract's version is kept by the log's stream name. Timestamps are microseconds
-    since the epoch in both, and decimals are text.
+    different keys never share an id. The identity is that of ``log_identities``. The form is a JSON array of the mark
+    of the contract's ``Layout``, the id, and the fields in contract order. Timestamps are microseconds since the epoch
+    in both, and decimals are text.
     """
+    mark = Layout.of(contract).mark
     names = [field.name for field in contract.fields]
     instants = [place for place, field in enumerate(contract.fields) if field.type is FieldType.TIMESTAMP]
     decimals = [place for place, field in enumerate(contract.fields) if field.type is FieldType.DECIMAL]
@@ -132,7 +215,7 @@ def encoder(contract: Contract) -> Callable[[Mapping[str, Any]], tuple[str, byte
             if values[place] is not None:
                 values[place] = format(values[place], "f")
         found = "|".join([_text(values[place]) for place in key])
-        return found, _log_identity(found, None if time is None else values[time]), orjson.dumps([found, *values])
+        return found, _log_identity(found, None if time is None else values[time]), orjson.dumps([mark, found, *values])
 
     return encode
 
@@ -209,16 +292,20 @@ def decode_events(
     *,
     load_id: str,
     buckets: int,
+    layouts: Callable[[], Sequence[Layout]] = tuple,
+    whole: bool = False,
 ) -> pa.Table:
     """The events table rows of log records; ``known_at`` in microseconds since the epoch.
 
-    Records from before fields were added to the contract, behind those there were, have nulls there.
+    ``layouts`` gives those of the log, asked for when a record has another than the contract's: its values are found by
+    their names, those of fields that the contract no longer has are left out, and of fields that it has now are null.
+    With ``whole``, nothing is left out of a record that was written under a later contract. Raises ``OtherLayout``.
     """
     rows = orjson.loads(b"[" + b",".join(blobs) + b"]")
-    width = len(contract.fields) + 1
-    if any(len(row) < width for row in rows):
-        rows = [[*row, *[None] * (width - len(row))] for row in rows]
-    ids, *values = zip(*rows, strict=True) if rows else [()] * width
+    mine = Layout.of(contract)
+    if any(row[0] != mine.mark for row in rows):
+        rows = _laid_out(mine, rows, layouts(), whole=whole)
+    _, ids, *values = zip(*rows, strict=True) if rows else [()] * (len(contract.fields) + 2)
     columns: list[pa.Array] = []
     for field, found in zip(contract.fields, values, strict=True):
         if field.type is FieldType.TIMESTAMP:

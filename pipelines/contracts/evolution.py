@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[Breaks, str]] = {
     "field_added": (_N, "a field that may be null: rows without it are taken"),
     "required_field_added": (_W, "rows without it are refused"),
     "field_removed": (_B, "readers miss it, and rows that still bring it are refused"),
-    "fields_reordered": (_W, "events in a log that is not drained yet are read by their place: drain it first"),
+    "fields_reordered": (_N, "columns are found by their names, in files and in the log"),
     "type_widened": (_R, "numbers may have a fraction now"),
     "type_narrowed": (_W, "numbers with a fraction are refused"),
     "type_changed": (_B, "old rows are refused, and new ones are of another type"),

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.log import Log
-from pipelines.contracts.events import SEQUENCE, decode_events
+from pipelines.contracts.events import SEQUENCE, decode_events, layouts_of
 from pipelines.features.state import StateError
 from pipelines.features.stores import Rebuild, Store, Transaction
 from pipelines.spec import Contract
@@ -171,6 +171,7 @@ class Projection(ABC, Generic[Prepared]):
             [record.sequence for record in records],
             load_id="",
             buckets=1,
+            layouts=lambda: layouts_of(log),
         )
         return Head(records[-1].sequence, head.generation, head.unplaced + self.apply(txn, self.prepare(rows)))
 

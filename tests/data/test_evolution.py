@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.contracts.events import decode_events, encoder
+from pipelines.contracts.events import Layout, decode_events, encoder
 from pipelines.contracts.evolution import KINDS, Breaks, diff, enough, required_version
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.spec import Contract, Field, FieldType, Freshness, NullShare, Rule, ServiceLevel, Severity, Volume
@@ -325,7 +325,8 @@ def test_a_record_from_before_a_field_was_added_is_read_with_a_null_there() -> N
     assert given is not None, problems
     wide = changed(fields=(*OLD.fields, EXTRA.model_copy(update={"nullable": True})))
     blob = encoder(OLD)(given)[2]
-    rows = decode_events(wide, [blob], [NOW_US], [1], load_id="drain", buckets=1)
+    known = [Layout.of(OLD)]
+    rows = decode_events(wide, [blob], [NOW_US], [1], load_id="drain", buckets=1, layouts=lambda: known)
     assert rows.column("extra").to_pylist() == [None]
     assert rows.column("open").to_pylist() == [1.5]
 

@@ -127,10 +127,10 @@ def test_a_drain_killed_between_its_steps_repeats_and_loses_nothing(
     _append(log, range(10, 30))
     append = Tables.append
 
-    def dying(self: Tables, name: str, table: Any, app_id: str, marker: int = 1) -> Any:
+    def dying(self: Tables, name: str, table: Any, app_id: str, *rest: Any, **options: Any) -> Any:
         if app_id.endswith(point):
             raise Killed
-        return append(self, name, table, app_id, marker)
+        return append(self, name, table, app_id, *rest, **options)
 
     with monkeypatch.context() as patch:
         if point == "trim":

@@ -168,6 +168,19 @@ def test_the_default_load_id_follows_contents(home: Path, inbox: Path) -> None:
     assert first.load_id != second.load_id
 
 
+def test_a_field_that_left_the_contract_is_null_in_new_rows_and_stays_in_old_ones(home: Path, inbox: Path) -> None:
+    here = world(home)
+    pq.write_table(readings(range(20)), inbox / "a.parquet")
+    here.load([str(inbox / "a.parquet")])
+    kept = tuple(field for field in aqua.CONTRACT.fields if field.name != "windspeed")
+    calm = aqua.USE_CASE.model_copy(update={"contract": aqua.CONTRACT.model_copy(update={"fields": kept})})
+    pq.write_table(readings(range(20, 50)).drop_columns(["windspeed"]), inbox / "b.parquet")
+    assert here.load([str(inbox / "b.parquet")], calm).accepted == 30
+    pq.write_table(readings(range(50, 60)), inbox / "c.parquet")
+    assert here.load([str(inbox / "c.parquet")]).accepted == 10, "and may come back"
+    assert everything(here.tables)[0].column("windspeed").null_count == 30
+
+
 def test_an_example_of_the_contract_makes_no_other_load_of_the_same_files() -> None:
     fields = tuple(field.model_copy(update={"example": None}) for field in aqua.CONTRACT.fields)
     assert fields != aqua.CONTRACT.fields
