@@ -186,7 +186,7 @@ class Follower:
     def _prepare(self) -> None:
         """Loads, in a thread beside this one, what the table wants to be ready."""
         now = time.monotonic()
-        for version in self.serving.table.versions - self._loaded.keys() - self._loading.keys():
+        for version in self.serving.table.versions(self.gateway) - self._loaded.keys() - self._loading.keys():
             if version not in self._refused or self._refused[version].again_s <= now:
                 self._loading[version] = self._loader.submit(self._load, version)
         for version, future in list(self._loading.items()):
@@ -214,7 +214,7 @@ class Follower:
         trial, split = self._trial(table, champion), self._split(table)
         if table is not now.table or trial is not now.trial or split is not now.split:
             self.serving = Serving(table, champion, trial, split)
-        kept = table.versions
+        kept = table.versions(self.gateway)
         self._loaded = {version: loaded for version, loaded in self._loaded.items() if version in kept}
         kept |= set(table.tried)
         self._refused = {version: why for version, why in self._refused.items() if version in kept}

@@ -67,8 +67,8 @@ class Split(BaseModel):
 class RoutingTable(BaseModel):
     """What every gateway of a use case follows. ``epoch`` orders tables; an older one is never applied.
 
-    ``previous`` is kept warm. ``prepare`` is to be loaded and warmed, because it will be champion next. There is never
-    both a ``challenger`` and a ``split``.
+    ``previous`` is kept warm. ``prepare`` is to be loaded and warmed, because it will be champion next: in the gateway
+    ``prepare_in`` alone, if one is named, and then in all. There is never both a ``challenger`` and a ``split``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +77,7 @@ class RoutingTable(BaseModel):
     champion: str
     previous: str | None = None
     prepare: str | None = None
+    prepare_in: str | None = None
     challenger: Challenger | None = None
     split: Split | None = None
 
@@ -94,10 +95,10 @@ class RoutingTable(BaseModel):
             return self.split.test
         return self.challenger.rollout if self.challenger is not None else None
 
-    @property
-    def versions(self) -> frozenset[str]:
+    def versions(self, gateway: str) -> frozenset[str]:
         """The versions that a gateway keeps loaded."""
-        return frozenset(v for v in (self.champion, self.previous, self.prepare) if v is not None)
+        next_one = self.prepare if self.prepare_in in (None, gateway) else None
+        return frozenset(v for v in (self.champion, self.previous, next_one) if v is not None)
 
 
 class UnknownTable(RuntimeError):

@@ -24,6 +24,7 @@ from serving.routing import RoutingTable
 START_TIMEOUT_S = 180.0
 PROMOTE_TIMEOUT_S = 90.0
 APPLY_TIMEOUT_S = 15.0
+_LOADERS = 3  # one that ends for another reason is no fault of the version
 _LOOK_EVERY_S, _REQUESTS_EVERY_S = 2.0, 0.25
 
 
@@ -214,11 +215,28 @@ class Lookout:
 
     def _promotion(self, state: State) -> Finding:
         live = self._world.gateways()
+        if not state.everywhere:
+            return self._first(state, live)
         waiting = [gateway for gateway in live if state.challenger not in self._prepared.get(gateway, ())]
         if live and not waiting:
             return Finding(Kind.PROMOTED, {"gateways": live, "replaced": state.champion})
         if self._since_entered() > PROMOTE_TIMEOUT_S:
             reason = f"not loaded within {PROMOTE_TIMEOUT_S:g} s by {waiting or 'any gateway: none is alive'}"
+            return Finding(Kind.FAILED, {"reason": reason})
+        return Finding()
+
+    def _first(self, state: State, live: list[str]) -> Finding:
+        """One gateway loads a version before the others: what ends a gateway, and was not seen before, ends one."""
+        loader = state.loaders[-1] if state.loaders else None
+        if loader in live:
+            if state.challenger in self._prepared.get(loader, ()):
+                return Finding(Kind.LOADED, {"gateway": loader})
+        elif len(state.loaders) >= _LOADERS:
+            return Finding(Kind.FAILED, {"reason": f"gateways ended while they loaded it: {', '.join(state.loaders)}"})
+        elif fresh := [gateway for gateway in live if gateway not in state.loaders]:
+            return Finding(Kind.LOADING, {"gateway": fresh[0]})
+        if self._since_entered() > PROMOTE_TIMEOUT_S:
+            reason = f"not loaded within {PROMOTE_TIMEOUT_S:g} s by {loader or 'any gateway: none is alive'}"
             return Finding(Kind.FAILED, {"reason": reason})
         return Finding()
 

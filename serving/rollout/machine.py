@@ -20,7 +20,7 @@ class Phase(StrEnum):
     STARTING = "starting"  # the challenger is being deployed
     SHADOW = "shadow"  # it gets copies
     CANARY = "canary"  # it answers a share of the instances
-    PROMOTING = "promoting"  # every gateway loads and warms it
+    PROMOTING = "promoting"  # one gateway loads and warms it, then every other
     WITHDRAWING = "withdrawing"  # it gets nothing any more and is being taken down
     WATCHING = "watching"  # it was promoted, and the version before it still gets copies
     TESTING = "testing"  # an A/B test: several versions answer, each its share of the units
@@ -47,6 +47,8 @@ class Kind(StrEnum):
     SUPERSEDED = "superseded"
     INCONCLUSIVE = "inconclusive"
     PROMOTION_BEGUN = "promotion_begun"
+    LOADING = "promotion_loading"
+    LOADED = "promotion_loaded"
     PROMOTED = "promoted"
     WITHDRAWN = "withdrawn"
     CONFIRMED = "confirmed"
@@ -89,7 +91,8 @@ class State:
     that nobody can choose a key by the version it will find. ``outcome`` and ``ended`` (that version, or the winner of
     a test) are of the last one that ended, ``request`` is the release request of the last one that began. ``refused``
     is the version whose request ``refused_request`` was refused since then, the last one if there were several.
-    ``reverted`` is a champion that was taken back since then.
+    ``reverted`` is a champion that was taken back since then. ``loaders`` are the gateways that were asked, one after
+    the other, to load a version that is promoted before all others do, and ``everywhere`` says that one of them has.
     """
 
     phase: Phase = Phase.EMPTY
@@ -110,6 +113,8 @@ class State:
     reverted: str | None = None
     test: bool = False
     variants: tuple[str, ...] = ()
+    loaders: tuple[str, ...] = ()
+    everywhere: bool = False
 
     @property
     def applications(self) -> tuple[str, ...]:
@@ -219,9 +224,18 @@ def _promotion_begun(state: State, _: Payload) -> State:
     return replace(state, phase=Phase.PROMOTING)
 
 
+def _loading(state: State, event: Payload) -> State:
+    return replace(state, loaders=(*state.loaders, event["gateway"]))
+
+
+def _loaded(state: State, _: Payload) -> State:
+    return replace(state, everywhere=True)
+
+
 def _ends(outcome: Outcome) -> Callable[[State, Payload], State]:
     def end(state: State, _: Payload) -> State:
-        return replace(state, phase=Phase.WITHDRAWING, outcome=outcome, ended=state.challenger, paused=False)
+        ended = replace(state, phase=Phase.WITHDRAWING, outcome=outcome, ended=state.challenger, paused=False)
+        return replace(ended, loaders=(), everywhere=False)
 
     return end
 
@@ -293,6 +307,8 @@ TABLE: Mapping[Phase, Mapping[Kind, Callable[[State, Payload], State]]] = {
         Kind.EVIDENCE: _same,
         Kind.LABELS: _same,
         Kind.SKEW: _same,
+        Kind.LOADING: _loading,
+        Kind.LOADED: _loaded,
         Kind.PROMOTED: _promoted,
     },
     Phase.WITHDRAWING: {Kind.EVIDENCE: _same, Kind.REVERTED: _reverted, Kind.WITHDRAWN: _withdrawn},

@@ -176,9 +176,17 @@ def document(situation: Situation) -> dict[str, Any] | None:
         "champion": state.champion,
         "previous": state.previous,
         "prepare": state.challenger if state.phase is Phase.PROMOTING else None,
+        "prepare_in": _loader(state),
         "challenger": challenger,
         "split": _split(situation),
     }
+
+
+def _loader(state: State) -> str | None:
+    """The gateway that loads a version before all others, none ("") until one was chosen; None where all may."""
+    if state.phase is not Phase.PROMOTING or state.everywhere:
+        return None
+    return state.loaders[-1] if state.loaders else ""
 
 
 def _split(situation: Situation) -> dict[str, Any] | None:

@@ -15,7 +15,10 @@ from serving.rollout.machine import Kind
 from tests.data.rollout_play import APPROVED, CAUTIOUS, SHADOWED, STEPS, STORIES, FakeWorld, Play
 from tests.receiver import Receiver, receiving
 
-SILENT = {Kind.READY, Kind.EVIDENCE, Kind.LABELS, Kind.SKEW, Kind.PROMOTION_BEGUN, Kind.WITHDRAWN, Kind.TEST_RESULTS}
+SILENT = {
+    *(Kind.READY, Kind.EVIDENCE, Kind.LABELS, Kind.SKEW, Kind.WITHDRAWN, Kind.TEST_RESULTS),
+    *(Kind.PROMOTION_BEGUN, Kind.LOADING, Kind.LOADED),
+}
 
 
 @pytest.fixture

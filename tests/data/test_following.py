@@ -182,6 +182,20 @@ def test_a_version_is_said_to_be_prepared_only_after_it_was_warmed(around, follo
     assert follower.serving.champion.version == "1"
 
 
+def test_a_version_that_another_gateway_is_to_load_first_is_not_loaded_here(around, follower):
+    around.loaded.set()
+    around.warmed.set()
+    for epoch, name in ((6, ""), (7, "another")):
+        around.tables.put(table(epoch, prepare="2", prepare_in=name))
+        until(lambda: follower.serving.table.epoch == epoch)  # noqa: B023
+        assert all(call.prepared == ["1"] for call in around.after(6))
+    around.tables.put(table(8, prepare="2", prepare_in=follower.gateway))
+    until(lambda: around.after(1)[0].prepared == ["1", "2"])
+    around.tables.put(table(9, prepare="2"))
+    until(lambda: follower.serving.table.epoch == 9)
+    assert around.after(1)[0].prepared == ["1", "2"]
+
+
 def test_the_champion_changes_only_when_the_new_one_is_warm_and_together_with_its_table(around, follower):
     around.tables.put(table(6, champion="2", previous="1"))
     until(around.tables.empty)

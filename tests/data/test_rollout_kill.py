@@ -81,7 +81,7 @@ def test_the_usual_way_ends_in_a_promotion_and_keeps_the_old_champion_warm(datab
     assert aliases(play.controller.state) == {"champion": "2", "previous": "1"}
     assert play.world.alerts == {}
     assert play.world.applications == set()
-    assert [weight for _, weight in play.world.history] == [0.0, 0.0, 0.1, 0.5, 0.5, 0.0, 0.0]
+    assert [weight for _, weight in play.world.history] == [0.0, 0.0, 0.1, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
 
 
 def test_a_challenger_that_does_not_start_leaves_the_champion_alone(database):

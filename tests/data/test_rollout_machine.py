@@ -29,6 +29,7 @@ PAYLOAD = {
     Kind.ADOPTED: {"version": "1"},
     Kind.STARTED: {"version": "2", "weights": [0.1, 0.5], "salt": "pepper", "request_sequence": 7},
     Kind.ADVANCED: {"step": 0},
+    Kind.LOADING: {"gateway": "one"},
     Kind.REFUSED: {"version": "3", "request_sequence": 9, "reason": "odd"},
     Kind.TEST_STARTED: {"test": {"variants": [{"version": "2"}, {"version": "3"}]}, "champion": "1", "salt": "pepper"},
     Kind.TEST_ENDED: {"outcome": "won", "winner": "3", "reason": "better"},
@@ -76,6 +77,8 @@ EXPECTED = {
         Kind.EVIDENCE: lambda s: s,
         Kind.LABELS: lambda s: s,
         Kind.SKEW: lambda s: s,
+        Kind.LOADING: lambda s: replace(s, loaders=("one",)),
+        Kind.LOADED: lambda s: replace(s, everywhere=True),
         Kind.PROMOTED: lambda s: withdrawing(s, Outcome.PROMOTED, champion="2", previous="1"),
     },
     Phase.WITHDRAWING: {

@@ -86,6 +86,44 @@ def test_no_gateway_swaps_before_every_one_has_loaded_the_challenger(promoting):
     assert sorted(promoting.last(Kind.PROMOTED)["gateways"]) == [ONE, TWO]
 
 
+def test_one_gateway_loads_it_before_the_other_is_asked_to(promoting):
+    def asked() -> tuple[str | None, str | None]:
+        assert promoting.world.routed is not None
+        return promoting.world.routed.prepare, promoting.world.routed.prepare_in
+
+    promoting.controller.turn()
+    assert asked() == ("2", ONE)
+    promoting.says(TWO, ["1", "2"])  # an old process of that name, say: it is not the one that was asked
+    promoting.controller.turn()
+    assert asked() == ("2", ONE)
+    promoting.says(ONE, ["1", "2"])
+    promoting.controller.turn()
+    assert promoting.controller.state.champion == "2"
+    kinds = [entry.kind for entry in promoting.journal.read()][-3:]
+    assert kinds == [Kind.LOADING, Kind.LOADED, Kind.PROMOTED]
+
+
+def test_a_version_that_ends_gateways_ends_three_at_most_and_the_champion_stays(promoting):
+    gateways = [f"here:{number}:cc" for number in range(5)]
+    promoting.world.live = [ONE, *gateways]
+    for _ in range(2):
+        promoting.controller.turn()
+    promoting.world.live = gateways[:]
+    ended = [ONE]
+    for _ in range(2):
+        promoting.controller.turn()
+        promoting.controller.turn()
+        assert promoting.world.routed is not None
+        ended.append(promoting.world.routed.prepare_in)
+        promoting.world.live.remove(ended[-1])
+    promoting.controller.turn()
+    assert promoting.last(Kind.FAILED)["reason"] == f"gateways ended while they loaded it: {', '.join(ended)}"
+    assert len(set(ended)) == 3
+    promoting.controller.turn()
+    assert promoting.world.routed.prepare is None
+    assert promoting.world.routed.champion == "1"
+
+
 def test_a_gateway_whose_lease_has_ended_is_not_waited_for(promoting):
     promoting.says(ONE, ["1", "2"])
     assert promoting.controller.state.phase is Phase.PROMOTING

@@ -37,4 +37,7 @@ def test_epochs_only_rise_the_same_table_is_written_once_and_a_stale_writer_is_r
     with pytest.raises(StaleEpoch):
         routing.publish(database, "aqua", first, {"champion": "3"})
     assert routing.read(database, "aqua") == second
-    assert second.versions == {"1", "2"}
+    assert second.versions("one") == {"1", "2"}
+    preparing = second.model_copy(update={"prepare": "3", "prepare_in": "one"})
+    assert [preparing.versions(name) for name in ("one", "other")] == [{"1", "2", "3"}, {"1", "2"}]
+    assert preparing.model_copy(update={"prepare_in": None}).versions("other") == {"1", "2", "3"}
