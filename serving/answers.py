@@ -282,7 +282,8 @@ class Predictor:
                 {
                     "prediction_id": identity,
                     "value": value if allowed else None,
-                    "interval": [lower, upper] if allowed and bounded else None,
+                    # No value lies beyond the limits, so the part of an interval that does says nothing.
+                    "interval": [max(lower, self._low), min(upper, self._high)] if allowed and bounded else None,
                     "model_version": version,
                     "variant": variant,
                     "features": flagged,
