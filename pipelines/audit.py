@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -32,7 +33,7 @@ from pipelines.features.skew import SkewReport, audit, columns_of_the_page
 from pipelines.features.views import open_views
 from pipelines.spec import UseCase
 from pipelines.spec.base import microseconds
-from pipelines.training.artifact import load
+from pipelines.training.artifact import ArtifactError, load
 from pipelines.training.registry import fetched
 
 ALERT = "feature_skew"
@@ -97,6 +98,15 @@ def fetched_columns(use_case: UseCase, settings: Settings) -> Callable[[str], Se
     return columns
 
 
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """Ends the process with 1 and what to do about a version's copy on this node that is damaged."""
+    try:
+        yield
+    except ArtifactError as error:
+        sys.exit(f"tidegate: {error}; delete that copy, and what needs the version fetches it again")
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipelines.audit") -> int:
     """The job's entry point; settings come from the environment.
 
@@ -109,10 +119,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     parser.add_argument("--rows", type=int, help="audit a smaller share, so that there are about so many")
     chosen = parser.parse_args(arguments)
     settings = Settings.from_environment()
-    database = Database(settings.database_url)
-    database.create()
     use_case = usecases.load(chosen.use_case)
-    with explained(use_case.name):
+    with explained(use_case.name), _damage_told():
+        database = Database(settings.database_url)
+        database.create()
         views = open_views(settings, use_case)
         report = audit_lately(
             use_case,
@@ -126,7 +136,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
             columns=fetched_columns(use_case, settings),
         )
         views.close()
-    database.close()
+        database.close()
     # orjson writes null for NaN, which json would write as what is no JSON.
     sys.stdout.write(orjson.dumps(asdict(report)).decode() + "\n")
     return DIFFERS if report.mismatched else AGREES if report.checked else NOTHING

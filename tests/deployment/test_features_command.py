@@ -33,6 +33,15 @@ def test_audit_makes_what_was_served_again(demo: DemoRun) -> None:
     report = said(tidegate(demo, "features", "audit", "aqua", "--hours", "500", "--share", "0.5"))
     assert report["checked"] > 0
     assert report["mismatched"] == 0
+    pages = sorted((demo.settings.cache_dir / "models" / "aqua").glob("*/artifact.json"))
+    kept = [page.read_text() for page in pages]
+    for page in pages:
+        page.write_text("{")
+    damaged = tidegate(demo, "features", "audit", "aqua", "--hours", "500", "--share", "0.5")
+    for page, text in zip(pages, kept, strict=True):
+        page.write_text(text)
+    assert damaged.returncode == 1
+    assert damaged.stderr.splitlines()[-1].endswith("delete that copy, and what needs the version fetches it again")
     refused = tidegate(demo, "features", "audit", "aqua", "--share", "5")
     assert refused.returncode == 2
     assert "a share lies above 0" in refused.stderr
