@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event, insert, select, update
 from sqlalchemy.engine import URL
 
-from cluster.schema import JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING, TOLD
+from cluster.schema import IDENTITIES, JOURNAL, LEASES, LOADS, METADATA, RELEASES, ROUTING, TOLD
 
 # The advisory lock that PostgreSQL's writers take: "tidegate" in ASCII.
 _WRITER_LOCK = 0x7469646567617465
@@ -28,6 +28,10 @@ LoadStatus = Literal["begun", "published", "refused"]
 
 class StaleEpoch(RuntimeError):
     """Another controller has written the routing table since the caller read it."""
+
+
+class OtherLoad(ValueError):
+    """A load's id stands for another load; the message says what to do."""
 
 
 class StaleJournal(RuntimeError):
@@ -110,20 +114,30 @@ class Database:
         with self._engine.connect() as connection, connection.begin():
             yield connection
 
-    def begin_load(self, load_id: str, usecase: str, table: str, as_of_us: int) -> Load:
+    def begin_load(self, load_id: str, usecase: str, table: str, as_of_us: int, identity: str | None = None) -> Load:
         """The load of that id: a new one, or the one begun before, with its first ``as_of_us``.
 
-        Raises ``ValueError`` when the id was begun for another use case or table.
+        ``identity`` stands for what is loaded, and under which contract. Raises ``OtherLoad`` when the id was begun for
+        another use case or table, or with another identity.
         """
         with self.write() as connection:
             row = connection.execute(select(LOADS).where(LOADS.c.load_id == load_id)).one_or_none()
             if row is None:
                 values = {"load_id": load_id, "usecase": usecase, "table_name": table, "as_of_us": as_of_us}
                 connection.execute(insert(LOADS).values(**values, status="begun"))
+                if identity is not None:
+                    connection.execute(insert(IDENTITIES).values(load_id=load_id, identity=identity))
                 return Load(load_id, usecase, table, as_of_us, "begun", None)
+            known = select(IDENTITIES.c.identity).where(IDENTITIES.c.load_id == load_id)
+            begun_with = connection.execute(known).scalar()
         load = _load(row)
+        if identity is not None and begun_with is not None and identity != begun_with:
+            raise OtherLoad(
+                f"load {load_id!r} was begun with other files or under another contract: run it again with those, or "
+                "give this one another id"
+            )
         if (load.usecase, load.table) != (usecase, table):
-            raise ValueError(
+            raise OtherLoad(
                 f"load {load_id!r} was begun for {load.usecase!r} into {load.table!r}, "
                 f"not for {usecase!r} into {table!r}: give this one another id"
             )
@@ -160,6 +174,13 @@ class Database:
         """Take or renew the lease until ``now_us`` + ``seconds``; False while another's has not expired."""
         with self.write() as connection:
             return acquire(connection, name, holder, seconds, now_us)
+
+    def renew_lease(self, name: str, holder: str, seconds: float, now_us: int) -> bool:
+        """Keep a lease that nobody else has had since ``holder`` took it; False when somebody may have."""
+        expires_us = now_us + round(seconds * 1_000_000)
+        mine = (LEASES.c.name == name, LEASES.c.holder == holder)
+        with self.write() as connection:
+            return bool(connection.execute(update(LEASES).where(*mine).values(expires_us=expires_us)).rowcount)
 
     def release_lease(self, name: str, holder: str) -> None:
         """Give the lease back; nothing happens if ``holder`` does not have it."""

@@ -17,6 +17,13 @@ LOADS = Table(
     Column("manifest", JSON(none_as_null=True)),
 )
 
+IDENTITIES = Table(
+    "load_identities",
+    METADATA,
+    Column("load_id", String, primary_key=True),
+    Column("identity", String, nullable=False),
+)
+
 LEASES = Table(
     "leases",
     METADATA,

@@ -72,6 +72,14 @@ class Commit:
     applied: bool
 
 
+class TableMoved(OSError):
+    """Somebody else has committed to the table meanwhile: look at it again."""
+
+
+class OtherSchema(OSError, ValueError):
+    """Rows or a definition do not fit a table's columns; the message names every column."""
+
+
 class Tables:
     """The tables below one URL (``file:///…`` or ``s3://…``). Holds no connection, so it pickles anywhere.
 
@@ -174,19 +182,24 @@ class Tables:
         stats = json.dumps({"numRecords": table.num_rows})
         return DataFile(path, info.size, table.num_rows, values, stats, int(time.time() * 1000))
 
-    def commit(self, name: str, files: Sequence[DataFile], app_id: str, marker: int = 1) -> Commit:
+    def commit(
+        self, name: str, files: Sequence[DataFile], app_id: str, marker: int = 1, *, after: int | None = None
+    ) -> Commit:
         """Make ``files`` part of the table in one version, unless ``app_id`` has reached ``marker`` before.
 
         An empty list records the marker alone. Safe against any number of concurrent committers; raises
-        ``CommitFailedError`` when it keeps losing to others.
+        ``CommitFailedError`` when it keeps losing to others. With ``after``, it follows on that version of the table or
+        raises ``TableMoved``: for files that were made by what the table held then.
         """
         for attempt in range(_ATTEMPTS):
             handle = self._open(name)  # fresh: a handle's view of markers is that of its own version
             seen = handle.transaction_version(app_id)
             if seen is not None and seen >= marker:
                 return Commit(handle.version(), applied=False)
+            if after is not None and handle.version() != after:
+                raise TableMoved(f"table {name!r} is at version {handle.version()} and no longer at {after}")
             try:
-                self._commit(handle, files, Transaction(app_id, marker))
+                self._commit(handle, files, Transaction(app_id, marker), next_one=after is not None)
             except CommitFailedError:
                 if attempt == _ATTEMPTS - 1:
                     raise
@@ -200,14 +213,25 @@ class Tables:
             return Commit(version, applied=True)
         raise AssertionError("unreachable")
 
-    def append(self, name: str, table: pa.Table, app_id: str, marker: int = 1, *, partial: bool = False) -> Commit:
-        """Split ``table`` by its partition columns, write the files (see ``write_file``) and commit them once."""
+    def append(
+        self,
+        name: str,
+        table: pa.Table,
+        app_id: str,
+        marker: int = 1,
+        *,
+        partial: bool = False,
+        after: int | None = None,
+    ) -> Commit:
+        """Split ``table`` by its partition columns, write the files (see ``write_file``) and commit them once, as
+        ``commit`` does.
+        """
         if (seen := self.marker(name, app_id)) is not None and seen >= marker:
             return Commit(self.version(name), applied=False)
         columns = list(self._open(name, without_files=True).metadata().partition_columns)
         parts = _split(table, columns) if table.num_rows else []
         files = [self.write_file(name, rows, at, partial=partial) for at, rows in parts]
-        return self.commit(name, files, app_id, marker)
+        return self.commit(name, files, app_id, marker, after=after)
 
     def version(self, name: str) -> int:
         """The newest version of the table."""
@@ -339,7 +363,10 @@ class Tables:
                 raise
             raise _no_version(name, version, newest) from None
 
-    def _commit(self, handle: DeltaTable, files: Sequence[DataFile], transaction: Transaction) -> None:
+    def _commit(
+        self, handle: DeltaTable, files: Sequence[DataFile], transaction: Transaction, *, next_one: bool
+    ) -> None:
+        """``next_one``: as the version after the handle's, or not at all."""
         actions: list[AddAction | RemoveAction] = [
             AddAction(file.path, file.size, file.partition, file.modified_ms, True, file.stats) for file in files
         ]
@@ -348,7 +375,9 @@ class Tables:
             mode="append",
             schema=handle.schema(),
             partition_by=list(handle.metadata().partition_columns),
-            commit_properties=CommitProperties(app_transactions=[transaction]),
+            commit_properties=CommitProperties(
+                app_transactions=[transaction], max_commit_retries=0 if next_one else None
+            ),
         )
 
     def _filesystem(self, name: str) -> tuple[pafs.FileSystem, str]:
@@ -469,4 +498,4 @@ def _compare(name: str, table: pa.Schema, given: pa.Schema, *, partial: bool = F
     faults += [f"{key} ({mine[key]}) is missing" for key in mine if key not in other and not partial]
     faults += [f"{key} ({other[key]}) is not a column of it" for key in other if key not in mine]
     if faults:
-        raise ValueError(f"table {name!r} has another schema: {'; '.join(faults)}")
+        raise OtherSchema(f"table {name!r} has another schema: {'; '.join(faults)}")

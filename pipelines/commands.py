@@ -9,10 +9,19 @@ from contextlib import contextmanager
 from deltalake.exceptions import TableNotFoundError
 from sqlalchemy.exc import DBAPIError
 
+from cluster.database import OtherLoad
 from cluster.disk import disk_takes_no_more
 from cluster.log import LogUnavailable
+from cluster.tables import OtherSchema
 from pipelines.contracts.leases import LeaseLost
+from pipelines.contracts.sources import NoSource
 from pipelines.features.state import StateError
+
+_TOLD = (
+    *(StateError, LogUnavailable, LeaseLost, NoSource, OtherLoad, OtherSchema),
+    *(FileNotFoundError, TimeoutError),
+)
+"""Whose own words say what to do."""
 
 
 @contextmanager
@@ -26,7 +35,16 @@ def explained(use_case: str) -> Iterator[None]:
     except TableNotFoundError as error:
         said = f"{error.args[0]}; load its rows first, for events with `python -m pipelines.ingest {use_case} FILE …`"
         sys.exit(f"tidegate: {said}")
-    except (StateError, LogUnavailable, LeaseLost, FileNotFoundError, TimeoutError) as error:
+    except (
+        StateError,
+        LogUnavailable,
+        LeaseLost,
+        NoSource,
+        OtherLoad,
+        OtherSchema,
+        FileNotFoundError,
+        TimeoutError,
+    ) as error:
         sys.exit(f"tidegate: {error}")
     except (OSError, DBAPIError) as error:
         if (refusal := disk_takes_no_more(error)) is None:

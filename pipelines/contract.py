@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
@@ -25,7 +26,7 @@ from cluster.settings import Settings
 from cluster.tables import Tables
 from pipelines import usecases
 from pipelines.contracts.enforce import events_table, quarantine_table
-from pipelines.contracts.events import LOAD_ID
+from pipelines.contracts.events import LOAD_ID, contract_schema
 from pipelines.contracts.evolution import Change, diff, enough, required_version
 from pipelines.contracts.leases import LeaseLost
 from pipelines.contracts.lineage import Use, lineage
@@ -253,7 +254,11 @@ def _page(use_case: UseCase, options: argparse.Namespace) -> str:
     (load,) = found
     tables = Tables(settings.tables_url, settings.storage_options)
     mine, names = pc.field(LOAD_ID) == load.load_id, [field.name for field in source.contract.fields]
-    accepted = tables.read(events_table(source), columns=names, filter=mine)
+    held = set(tables.schema(events_table(source)).names)
+    accepted = tables.read(events_table(source), columns=[name for name in names if name in held], filter=mine)
+    for field in contract_schema(source.contract):
+        if field.name not in held:  # it came into the contract since the last load
+            accepted = accepted.append_column(field, pa.nulls(accepted.num_rows, field.type))
     columns = ["rules", "source", "position", "record"]
     refused = tables.read(quarantine_table(source), columns=columns, filter=mine).slice(0, EXAMPLES).to_pylist()
     text = load_page(source.contract, {**load.manifest} if load.manifest else {}, load.as_of_us, accepted, refused)

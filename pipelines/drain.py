@@ -91,14 +91,17 @@ def drain(
             if not records:
                 break
             last = records[-1].sequence
+            looked = tables.version(name)
             if stream == EVENTS:
                 table = _event_rows(source, log, settings, records)
-                keep = _new(source, tables, table)
+                keep = _new(source, tables, table, looked)
                 table = table.filter(pa.array(keep))
             else:
                 table = _decode(schemas[stream], stream, records)
             before_commit()
-            appended = tables.append(name, table, f"drain/{stream}", last, partial=stream == EVENTS)
+            of_events = stream == EVENTS
+            after = looked if of_events else None
+            appended = tables.append(name, table, f"drain/{stream}", last, partial=of_events, after=after)
             versions[stream] = appended.version
             rows[stream] += table.num_rows
             if stream == EVENTS:
@@ -141,14 +144,15 @@ def _event_rows(source: EventSource, log: Log, settings: Settings, records: Sequ
     )
 
 
-def _new(source: EventSource, tables: Tables, rows: pa.Table) -> np.ndarray:
-    """bool[n]: which rows' event ids the table does not have yet."""
+def _new(source: EventSource, tables: Tables, rows: pa.Table, version: int) -> np.ndarray:
+    """bool[n]: which rows' event ids the table does not have at that version."""
     contract, span = source.contract, None
     if contract.time in contract.key:
         extent = pc.min_max(rows.column(contract.time))
         span = (pc.field(contract.time) >= extent["min"]) & (pc.field(contract.time) <= extent["max"])
     held = tables.read(
         enforce.events_table(source),
+        version=version,
         columns=[events.EVENT_ID],
         filter=span,
         partition={events.BUCKET: pc.unique(rows.column(events.BUCKET)).to_pylist()},

@@ -12,18 +12,19 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 
 from cluster.clock import Clock, open_clock
 from cluster.database import Database
 from cluster.filesystems import open_filesystem
 from cluster.settings import Settings
-from cluster.tables import DataFile, Tables
+from cluster.tables import DataFile, TableMoved, Tables
 from pipelines import usecases
 from pipelines.commands import explained
 from pipelines.contracts import enforce, events, sources
@@ -35,6 +36,7 @@ from pipelines.spec.base import fingerprint
 
 REPLAY = "replay"
 """What the ids of loads begin with that bring rows again."""
+_ATTEMPTS = 5
 Status = Literal["published", "refused", "already_published", "already_refused"]
 
 
@@ -75,7 +77,8 @@ def ingest(
 ) -> LoadReport:
     """Loads files, directories or s3:// URIs of .parquet, .csv and .jsonl into the use case's events table.
 
-    A load is known by ``load_id`` (by default a hash of names and contents): one that ended before is only
+    A load is known by ``load_id`` (by default a hash of contract, names and contents, which an id of one's own stands
+    for; ``OtherLoad`` where it stands for others): one that ended before is only
     reported, one that was interrupted is completed as if it had not been, and one that another process is at is waited
     for (``TimeoutError`` after two minutes). When more than the contract's share of rows is refused no event is
     published; all its rows are in the quarantine. ``auto`` is Ray above ``settings.ray_rows`` rows if this process is
@@ -87,14 +90,17 @@ def ingest(
     began = time.monotonic()
     options = tables.storage_options
     found = sources.find(names, options)
-    load_id = load_id or sources.identity(source.contract, source.name, found, options)
+    what = sources.identity(source.contract, source.name, found, options)
+    load_id = load_id or what
     event_table, quarantine_table = enforce.events_table(source), enforce.quarantine_table(source)
     tables.ensure(event_table, events.events_schema(source.contract), [events.BUCKET], grows=True)
     tables.ensure(quarantine_table, events.QUARANTINE_SCHEMA)
     holder = f"load/{load_id}/{uuid.uuid4().hex}"
     with kept_lease(database, f"load/{fingerprint(load_id)}", holder):
-        load = database.begin_load(load_id, source.name, event_table, clock.now())
+        load = database.begin_load(load_id, source.name, event_table, clock.now(), what)
+        staging = f"{tables.url}/_staging/{fingerprint(load_id)}"
         if load.manifest is not None:
+            _remove(staging, options)  # which an earlier run may not have come to
             done = {**load.manifest, "status": f"already_{load.status}", "seconds": time.monotonic() - began}
             return LoadReport(**done)
         context = enforce.LoadContext(
@@ -104,7 +110,7 @@ def ingest(
             load_id=load_id,
             as_of_us=load.as_of_us,
             tables=tables,
-            staging=f"{tables.url}/_staging/{fingerprint(load_id)}/{uuid.uuid4().hex}",
+            staging=f"{staging}/{uuid.uuid4().hex}",
             names=tuple(file.name for file in found),
             buckets=settings.buckets,
             known_from_us=known_from_us,
@@ -113,10 +119,15 @@ def ingest(
         report = LoadReport(**{**asdict(report), "seconds": time.monotonic() - began})
         ended: Literal["published", "refused"] = "refused" if report.status == "refused" else "published"
         database.finish_load(load_id, ended, asdict(report))
-        # Those of this load's earlier runs, too: nobody else is at it.
-        filesystem, path = open_filesystem(context.staging.rpartition("/")[0], options)
-        filesystem.delete_dir_contents(path, missing_dir_ok=True)
+        _remove(staging, options)  # that of earlier runs, too: nobody else is at this load
         return report
+
+
+def _remove(staging: str, options: Mapping[str, str]) -> None:
+    filesystem, path = open_filesystem(staging, options)
+    filesystem.delete_dir_contents(path, missing_dir_ok=True)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def _load(
@@ -131,7 +142,14 @@ def _load(
     staged = _whole_files(context, enforce.run(engine, partial(enforce.stage, context), splits))
     work = _buckets(staged, context.buckets if expects(context.contract) is not None else 0)
     with events_lease(database, source, holder) as still_held:
-        return _publish(context, engine, staged, work, _history(database, source.name, context.events), still_held)
+        for again in range(_ATTEMPTS, 0, -1):
+            history = _history(database, source.name, context.events)
+            try:
+                return _publish(context, engine, staged, work, history, still_held)
+            except TableMoved:  # by what holds no lease, such as a compaction
+                if again == 1:
+                    raise
+    raise AssertionError("unreachable")
 
 
 def _publish(
@@ -164,7 +182,7 @@ def _publish(
         settled, manifest = settle("refuse")
     still_held()
     if not refused:
-        version = tables.commit(context.events, _files(s.events for s in settled), marker).version
+        version = tables.commit(context.events, _files(s.events for s in settled), marker, after=version).version
     refused_rows = _files([*(s.quarantine for s in staged), *(s.quarantine for s in settled)])
     quarantine_version = tables.commit(context.quarantine, refused_rows, marker).version
     warned: Counter[str] = Counter()

@@ -48,7 +48,8 @@ _COLUMNS = [events.LOAD_ID, "source", "position", "rules", "record", "at"]
 @dataclass(frozen=True)
 class Replayed:
     """The loads of a replay, and how many quarantined rows stay where they are: those that still break a rule
-    (``refused``), duplicates and unreadable files (``left``), and rows that are no record (``unreadable``).
+    (``refused``), duplicates, unreadable files and rows of refused loads (``left``), and rows that are no record
+    (``unreadable``).
     """
 
     loads: tuple[LoadReport, ...]
@@ -93,7 +94,9 @@ def replay(
     loads: Sequence[str] = (),
 ) -> Replayed:
     """Loads what the quarantine of ``source`` holds, passes its contract by now and was not replayed before: of all
-    rows, or of those that broke any of the rules ``broken`` (``inflow.maximum``) or came by any of ``loads``.
+    rows, or of those that broke any of the rules ``broken`` (``inflow.maximum``) or came by any of ``loads``. Rows that
+    broke nothing, and were refused with their whole load, are taken up only where one of these names them: what a load
+    has to be is not asked of a replay.
 
     Rows that came over HTTP are taken to be known from now on, since no state has had them; those of files as those of
     any load. Some at a time are taken up, so that a quarantine of any size can be replayed. Raises ``TimeoutError``
@@ -241,7 +244,8 @@ class _Selection:
         for row, mark, before in zip(rows, marks, taken, strict=True):
             if before or (self.broken and not self.broken & set(row["rules"])):
                 continue
-            if _NEVER & set(row["rules"]):
+            refused_whole = rules.LOAD_REFUSED in row["rules"] and not (self.loads or self.broken)
+            if refused_whole or _NEVER & set(row["rules"]):
                 self.left += 1
                 continue
             record = json.loads(row["record"])

@@ -16,13 +16,13 @@ from deltalake.exceptions import DeltaError
 from sqlalchemy.exc import OperationalError
 
 from cluster.alerts import Alerts
-from cluster.clock import Clock, open_clock
+from cluster.clock import Clock
 from cluster.database import Database
 from cluster.group_commit import GroupCommit
 from cluster.log import Log, LogFull, LogUnavailable, Record, Sequences
 from cluster.settings import Settings
 from cluster.tables import Tables
-from pipelines.contracts.events import LAYOUTS, LOAD_ID, describe, encoder
+from pipelines.contracts.events import LOAD_ID, describe, encoder
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.contracts.rules import as_json
 from pipelines.drain import EVENTS, OUTCOMES, PREDICTIONS, QUARANTINE, drain_once
@@ -43,7 +43,7 @@ class EventIntake:
         self._contract = source.contract
         self._model = compile_model(source.contract)
         self._encode = encoder(source.contract)
-        self._layout: Record | None = describe(source.contract)
+        describe(source.contract, log, clock.now())
         self._clock = clock
         self._commit = GroupCommit(log, clock, after_commit=project, max_kept=max_kept)
 
@@ -81,9 +81,6 @@ class EventIntake:
         try:
             # In this order: a caller who must send them again finds accepted events remembered, and refused ones are
             # not.
-            if accepted and self._layout is not None:
-                await asyncio.wrap_future(self._commit.submit(LAYOUTS, [self._layout]))
-                self._layout = None
             if accepted:
                 sequences = await asyncio.wrap_future(self._commit.submit(EVENTS, accepted))
             if refused:
@@ -159,7 +156,6 @@ class Drain:
         holder: str,
     ) -> None:
         self.failure: BaseException | None = None
-        self._described = False
 
         def stop_at() -> dict[str, int]:
             # In this order: what answers through ``answered`` read is in the events that leave the log before them.
@@ -167,10 +163,6 @@ class Drain:
             return {EVENTS: project(), PREDICTIONS: answered}
 
         def turn() -> None:
-            if not self._described:  # what is in the log is held against what this code writes into it
-                with log.transaction(open_clock(settings).now()) as transaction:
-                    transaction.append(LAYOUTS, [describe(source.contract)])
-                self._described = True
             project()  # also where another gateway has the lease: this process sees whose state is in step
             done = drain_once(source, log, tables, database, settings, holder, stop_at=stop_at)
             if done is not None and self.failure is not None:

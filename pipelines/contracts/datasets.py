@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contracts.profile import WORST, Digests, Found, Moments, Profile, Values
-from pipelines.contracts.rules import LOAD_REFUSED, severities
+from pipelines.contracts.rules import FILE_UNREADABLE, LOAD_REFUSED, severities
 from pipelines.spec import (
     Contract,
     Distribution,
@@ -107,8 +107,9 @@ def refusals(contract: Contract, manifest: Manifest) -> list[str]:
 
     More than ``contract.max_rejected_share`` of its rows are refused, or one breaks a rule for which loads are refused.
     """
-    rows_in, found = manifest.total.rows_in, []
-    refused = manifest.total.quarantined - manifest.by_rule.get(LOAD_REFUSED, 0)  # those are refused for the others
+    files = manifest.by_rule.get(FILE_UNREADABLE, 0)  # each counts as one row, and says nothing of those of others
+    rows_in, found = manifest.total.rows_in - files, []
+    refused = manifest.total.quarantined - files - manifest.by_rule.get(LOAD_REFUSED, 0)  # refused for the others
     if refused > contract.max_rejected_share * rows_in:
         share = refused / rows_in
         found.append(f"{share:.1%} of the rows are refused, and at most {contract.max_rejected_share:.1%} may be")

@@ -134,22 +134,25 @@ class Layout:
         return xxhash.xxh32_intdigest(self.text)
 
 
-def describe(contract: Contract) -> Record:
-    """What the stream ``LAYOUTS`` of a log must hold before the first event that is written under a contract."""
-    layout = Layout.of(contract)
-    return Record(b"%08x" % layout.mark, layout.text)
+def describe(contract: Contract, log: Log, now_us: int) -> None:
+    """Writes into a log how its events are laid out under a contract; to be called before any of them is written.
+
+    The last one that was described is the one in use, also where it was before: a field may have been taken back.
+    """
+    mine = Layout.of(contract)
+    if layouts_of(log)[-1:] != [mine]:
+        with log.transaction(now_us) as transaction:
+            transaction.append(LAYOUTS, [Record(None, mine.text)])
 
 
 def layouts_of(log: Log) -> list[Layout]:
-    """Those that a log holds records of, in the order in which they were first used."""
+    """Those that a log holds records of, in the order in which they came into use, the present one last."""
     return [Layout.read(record.value) for record in log.read(LAYOUTS, 0)]
 
 
 def _laid_out(mine: Layout, rows: list[list[Any]], known: Sequence[Layout], *, whole: bool) -> list[list[Any]]:
-    """The rows as one's own layout has them; ``known`` in the order in which they were first used."""
-    order: dict[int, int] = {}
-    for place, layout in enumerate(known):
-        order.setdefault(layout.mark, place)
+    """The rows as one's own layout has them; ``known`` in the order in which they came into use."""
+    order = {layout.mark: place for place, layout in enumerate(known)}
     takes: dict[int, list[int | None]] = {}
 
     def taken(mark: int) -> list[int | None]:

@@ -18,7 +18,7 @@ from pipelines.spec import EventSource
 _SECONDS = 30.0
 
 
-class LeaseLost(RuntimeError):
+class LeaseLost(OSError):
     """Another process took the lease although this one held it: nothing more may be committed."""
 
 
@@ -55,13 +55,16 @@ def kept_lease(
     ended, lost = threading.Event(), threading.Event()
 
     def renew() -> None:
-        while not ended.wait(_SECONDS / 3):
-            if not _take(database, name, holder):
+        try:
+            while not ended.wait(_SECONDS / 3):
+                if not _renew(database, name, holder):
+                    return
+        finally:  # also where the database did not answer
+            if not ended.is_set():
                 lost.set()
-                return
 
     def check() -> None:
-        if lost.is_set() or not _take(database, name, holder):
+        if lost.is_set() or not _renew(database, name, holder):
             raise LeaseLost(f"{holder} lost the lease {name!r}; run it again")
 
     keeper = threading.Thread(target=renew, name=f"lease {name}", daemon=True)
@@ -76,6 +79,11 @@ def kept_lease(
 
 def _take(database: Database, name: str, holder: str) -> bool:
     return database.acquire_lease(name, holder, _SECONDS, SystemClock().now())
+
+
+def _renew(database: Database, name: str, holder: str) -> bool:
+    """One that lapsed is no longer had where another has had it since, although it may be free again."""
+    return database.renew_lease(name, holder, _SECONDS, SystemClock().now())
 
 
 def _name(source: EventSource) -> str:

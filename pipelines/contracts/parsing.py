@@ -37,7 +37,10 @@ _KINDS: dict[FieldType, set[type]] = {
     FieldType.DECIMAL: set(),
     FieldType.TIMESTAMP: set(),
 }
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+_LISTS = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
 
 
 class AmbiguousColumns(ValueError):

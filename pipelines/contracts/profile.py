@@ -123,7 +123,7 @@ def merged(profiles: Iterable[Profile]) -> Profile:
 
 @dataclass(frozen=True)
 class Earlier:
-    """Rows that the table had: entity and time of those of some entities since ``known_for`` before ``first_us``, the
+    """Rows that the table had: entity and time of those of some entities from ``known_for`` before ``first_us``, the
     event time of the first row of a load, up to its last.
     """
 
@@ -159,7 +159,7 @@ def _silences(
     kept = earlier.table.column(contract.entity).filter(pa.array(before >= since))
     entities = pa.chunked_array([*table.column(contract.entity).chunks, *kept.chunks], pa.string())
     line = _Line.of(entities, np.concatenate([mine, before[before >= since]]))
-    return line.gaps(rule.every.total_seconds(), last_us, earlier.first_us)
+    return line.gaps(rule.every.total_seconds(), last_us, np.arange(len(entities)) < len(mine))
 
 
 def _of_rows(contract: Contract, table: pa.Table, last_us: int) -> Profile:
@@ -232,14 +232,18 @@ class _Line:
         fell = (entities[1:] == entities[:-1]) & (values[1:] < values[:-1])
         return self._found(entities[1:][fell], (values[:-1] - values[1:])[fell])
 
-    def gaps(self, every_s: float, last_us: int, from_us: int | None = None) -> Found:
-        """Where an entity's next event, or the load's last one, comes too late after one, from that moment on."""
+    def gaps(self, every_s: float, last_us: int, new: np.ndarray | None = None) -> Found:
+        """Where an entity's next event, or the load's last one, comes too late after one.
+
+        Of rows that are not all ``new`` (bool[n]), gaps between two others are older than the load.
+        """
         same = self.entities[1:] == self.entities[:-1]
         following = np.append(np.where(same, self.times[1:], last_us), last_us)
         waited = (following - self.times) / 1e6
         late = waited > every_s
-        if from_us is not None:
-            late &= following >= from_us
+        if new is not None:
+            ends = np.append(np.where(same, new[self.order][1:], True), True)
+            late &= ends
         return self._found(self.entities[late], waited[late])
 
     def _found(self, entities: np.ndarray, how_bad: np.ndarray) -> Found:

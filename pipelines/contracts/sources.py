@@ -24,7 +24,7 @@ from pipelines.contracts.parsing import AmbiguousColumns, Parsed, from_arrow, fr
 from pipelines.spec import Contract
 from pipelines.spec.base import fingerprint
 
-Kind = Literal["parquet", "csv", "jsonl"]
+Kind = Literal["parquet", "csv", "jsonl", "other"]
 _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl"}
 _SPLIT_ROWS = 1_000_000
 _BATCH_ROWS = 131_072
@@ -37,6 +37,10 @@ _LATER, _LATER_OF_FIELDS = (
     ),
 )
 _BLOCK_BYTES = 8 << 20
+
+
+class NoSource(ValueError):
+    """There is nothing to load by that name; the message says what there should be."""
 
 
 class Unreadable(ValueError):
@@ -74,7 +78,8 @@ class Batch:
 def find(sources: Sequence[str], storage_options: Mapping[str, str]) -> list[Source]:
     """The files in the order given, those of a directory by name; hidden and ``_`` files are passed over.
 
-    Raises ``FileNotFoundError``, or ``ValueError`` for a file of another kind.
+    A file of another kind, in a directory, is none that can be read. Raises ``FileNotFoundError``, or ``NoSource`` for
+    a file of another kind that is named, and for what holds no file.
     """
     found: list[Source] = []
     for given in sources:
@@ -92,12 +97,14 @@ def find(sources: Sequence[str], storage_options: Mapping[str, str]) -> list[Sou
             below = one.path.removeprefix(path).lstrip("/")
             if any(part.startswith((".", "_")) for part in below.split("/") if below):
                 continue
-            kind = _SUFFIXES.get("." + one.path.rpartition(".")[2].lower())
-            if kind is None:
-                raise ValueError(f"source {one.path!r} must end in one of {sorted(_SUFFIXES)}")
+            kind = _SUFFIXES.get("." + one.path.rpartition(".")[2].lower(), "other")
+            if kind == "other" and not below:
+                raise NoSource(f"source {one.path!r} must end in one of {sorted(_SUFFIXES)}")
             # Joined as text: quoting is the file URI's own and the rest is taken as it is.
             where = Path(one.path).as_uri() if uri.startswith("file:") else f"s3://{one.path}"
             found.append(Source(where, below or path.rpartition("/")[2], kind, one.size))
+    if not found:
+        raise NoSource(f"there is no file in {', '.join(sources)}")
     return _distinct_names(found)
 
 
@@ -166,15 +173,26 @@ def split(sources: Sequence[Source], storage_options: Mapping[str, str]) -> list
 
 def read(contract: Contract, part: Split, storage_options: Mapping[str, str]) -> Iterator[Batch]:
     """The rows of a split in batches. Raises ``Unreadable``, possibly after some batches."""
-    if part.source.kind == "parquet":
-        yield from _read_parquet(contract, part, storage_options)
-        return
+    rows = 0
+    for batch in _read(contract, part, storage_options):
+        rows += len(batch.positions)
+        yield batch
+    if not rows and not part.first:
+        raise Unreadable("it holds no row")
+
+
+def _read(contract: Contract, part: Split, storage_options: Mapping[str, str]) -> Iterator[Batch]:
     filesystem, path = open_filesystem(part.source.uri, storage_options)
-    if part.source.kind == "csv":
-        yield from _read_csv(contract, lambda: filesystem.open_input_stream(path))
-        return
-    with filesystem.open_input_stream(path) as stream:
-        yield from _read_jsonl(contract, stream)
+    match part.source.kind:
+        case "parquet":
+            yield from _read_parquet(contract, part, storage_options)
+        case "csv":
+            yield from _read_csv(contract, lambda: filesystem.open_input_stream(path))
+        case "jsonl":
+            with filesystem.open_input_stream(path) as stream:
+                yield from _read_jsonl(contract, stream)
+        case "other":
+            raise Unreadable(f"its name ends in none of {sorted(_SUFFIXES)}")
 
 
 def _read_parquet(contract: Contract, part: Split, storage_options: Mapping[str, str]) -> Iterator[Batch]:

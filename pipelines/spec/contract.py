@@ -126,7 +126,7 @@ class Field(Spec):
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"field {self.name!r}: pattern {self.pattern!r} is not valid: {error}") from error
             if isinstance(self.example, str) and re.fullmatch(self.pattern, self.example) is None:
                 raise ValueError(f"field {self.name!r}: the example {self.example!r} does not match {self.pattern!r}")
@@ -200,7 +200,7 @@ class Contract(Spec):
     """
 
     name: str = PydanticField(pattern=_NAME)
-    version: str = PydanticField(pattern=r"^\d+\.\d+\.\d+$")
+    version: str = PydanticField(pattern=r"^[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}$")
     owner: str
     description: str = ""
     fields: tuple[Field, ...]

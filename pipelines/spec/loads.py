@@ -120,7 +120,7 @@ class Silence(_LoadRule):
 
     kind: Literal["silence"] = "silence"
     every: timedelta = PydanticField(gt=timedelta(0))
-    known_for: timedelta | None = PydanticField(default=None, gt=timedelta(0))
+    known_for: timedelta | None = PydanticField(default=None, gt=timedelta(0), le=timedelta(days=36_500))
 
     @property
     def id(self) -> str:

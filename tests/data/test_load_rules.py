@@ -122,9 +122,10 @@ def test_who_is_expected_is_silent_from_its_last_event_in_the_table_on(events, k
     gaps = merged(found).gaps[rule.id]
     expected = []
     for meter in "abcde":
-        times = sorted(r[1] for r in [*load, *held] if r[0] == meter and r[1] >= first - known_minutes * MINUTE)
-        for one, other in pairwise([*times, last] if times else []):
-            if other >= first and other - one > rule.every:
+        since = first - known_minutes * MINUTE
+        times = sorted((r[1], r in load) for r in [*load, *held] if r[0] == meter and r[1] >= since)
+        for (one, _), (other, new) in pairwise([*times, (last, True)] if times else []):
+            if new and other - one > rule.every:
                 expected.append(((other - one).total_seconds(), meter))
     assert (gaps.count, list(gaps.worst)) == (len(expected), sorted(expected, reverse=True)[:5])
 

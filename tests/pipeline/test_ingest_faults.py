@@ -12,7 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sqlalchemy import select
 
+from cluster.database import OtherLoad
+from cluster.schema import LEASES
+from cluster.tables import Tables
 from pipelines.contracts import enforce, leases
 from pipelines.contracts.datasets import ReconciliationError, Tally, reconcile
 from tests.pipeline.killed_driver import killed_once
@@ -72,11 +76,10 @@ def test_a_killed_driver_of_a_refused_load_leaves_it_refused(home: Path, tmp_pat
     source = _file(tmp_path / "in" / "a.parquet", bad=20)
     here = world(home)
     _killed(here.settings.home, source, point)
-    use_case = USE_CASE
-    if point == "committed":  # decided, so a contract that tolerates more comes too late
-        tolerant = use_case.contract.model_copy(update={"max_rejected_share": 1.0})
-        use_case = use_case.model_copy(update={"contract": tolerant})
-    report = here.load([source], use_case, load_id="one")
+    tolerant = USE_CASE.contract.model_copy(update={"max_rejected_share": 1.0})
+    with pytest.raises(OtherLoad, match="'one' was begun with other files or under another contract"):
+        here.load([source], USE_CASE.model_copy(update={"contract": tolerant}), load_id="one")
+    report = here.load([source], load_id="one")
     assert (report.status, report.accepted, report.quarantined) == ("refused", 0, 100)
     accepted, quarantine = everything(here.tables)
     assert (accepted.num_rows, quarantine.num_rows) == (0, 100)
@@ -135,6 +138,49 @@ def test_a_lease_that_another_took_lets_nothing_be_committed(home: Path) -> None
         assert leases.try_events(here.database, USE_CASE, "other")
         with pytest.raises(leases.LeaseLost, match="run it again"):
             still_held()
+
+
+@pytest.mark.parametrize("point", ["settled", "checked"])
+def test_a_load_that_slept_through_its_lease_publishes_nothing_that_another_did(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Another load has the same events meanwhile, from the lease's end on, and gives the lease back."""
+    source = _file(tmp_path / "in" / "a.parquet", bad=2)
+    here = world(home)
+    slept = []
+
+    def other_comes() -> None:
+        if not slept:
+            slept.append(None)
+            here.database.release_lease(f"drain/{USE_CASE.name}", _holder(here))
+            assert here.load([source], load_id="other").accepted == 96
+
+    settle, commit = enforce.settle, Tables.commit
+
+    def settled(*arguments, **options):
+        found = settle(*arguments, **options)
+        other_comes()
+        return found
+
+    def committed(self, name, *arguments, **options):
+        if name.endswith("/events"):
+            other_comes()
+        return commit(self, name, *arguments, **options)
+
+    if point == "settled":
+        monkeypatch.setattr(enforce, "settle", settled)
+    else:
+        monkeypatch.setattr(Tables, "commit", committed)
+    with pytest.raises(leases.LeaseLost):
+        here.load([source], load_id="one")
+    report = here.load([source], load_id="one")
+    assert (report.rows_in, report.accepted) == (100, 0)
+    assert everything(here.tables)[0].num_rows == 96
+
+
+def _holder(here) -> str:
+    with here.database.read() as connection:
+        return connection.execute(select(LEASES.c.holder).where(LEASES.c.name == f"drain/{USE_CASE.name}")).scalar()
 
 
 def _killed(home: Path, source: str, point: str) -> None:
