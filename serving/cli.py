@@ -242,7 +242,7 @@ def _document(path: Path) -> dict[str, Any]:
     """The JSON object of a file; raises ``ValueError``."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a JSON object")
@@ -256,8 +256,8 @@ def _valid(kind: type[Model], given: dict[str, Any], otherwise: str) -> Model:
         return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"{otherwise}: {where}: {first['msg']}") from error
+        where = "".join(f"{place}: " for place in [".".join(map(str, first["loc"]))] if place)
+        raise ValueError(f"{otherwise}: {where}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _said(options: argparse.Namespace, act: Callable[[Client], BaseModel]) -> int:
@@ -266,11 +266,20 @@ def _said(options: argparse.Namespace, act: Callable[[Client], BaseModel]) -> in
 
     from cluster import session
     from cluster.settings import Settings
+    from pipelines import usecases
     from serving.auth import owner_key
     from serving.client import Client, TidegateError
 
     settings = Settings.from_environment()
+    usecases.load(options.usecase)  # an unknown one is told here
     running = session.current(settings)
+    if running is None and "TIDEGATE_URL" not in os.environ:
+        print(
+            f"tidegate: nothing is up for {settings.home}: `tidegate up` starts a cluster, and TIDEGATE_URL names one "
+            "that is elsewhere",
+            file=sys.stderr,
+        )
+        return 1
     url = os.environ.get("TIDEGATE_URL") or (running.http if running else None)
     generated = settings.api_keys is None and settings.keys_file is None
     key = os.environ.get("TIDEGATE_API_KEY") or (owner_key(settings) if generated else None)

@@ -18,6 +18,14 @@ class Size:
     replay_days: int
     trials: int | None
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for a size that no step could be done with."""
+        least = {"history_days": 1, "replay_days": 1, "trials": 1}
+        for name, smallest in least.items():
+            given = getattr(self, name)
+            if given is not None and given < smallest:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, not {given}")
+
 
 class StepFailed(RuntimeError):
     """A step did not do what it promises; the message says what was found instead."""

@@ -55,10 +55,16 @@ def announcement(usecase: str, before: State, after: State, entry: JournalEntry)
     say = _LINES.get(Kind(entry.kind))
     if say is None:
         return None
-    payload = entry.payload
-    by = f" by {payload['by']}" if payload.get("by") else ""
-    reason = f": {payload['reason']}" if payload.get("reason") else ""
+    who, why = _said(entry)
+    by = f" by {who}" if who else ""
+    reason = f": {why}" if why else ""
     return f"{usecase}: {say(before, after)}{by}{reason}"
+
+
+def _said(entry: JournalEntry) -> tuple[str | None, str | None]:
+    """Who caused the entry, and why; of a release that begins who asked for it."""
+    asked = entry.payload.get("request", {})
+    return entry.payload.get("by") or asked.get("requested_by"), entry.payload.get("reason") or asked.get("reason")
 
 
 def _what(state: State) -> str:
@@ -67,7 +73,7 @@ def _what(state: State) -> str:
 
 def _started(_: State, after: State) -> str:
     weights = ", ".join(f"{weight:.3g}" for weight in after.weights)
-    return f"{_what(after)} begins beside champion {after.champion}: shadow, then a share of {weights}"
+    return f"{_what(after)} begins beside champion {after.champion} (shadow, then shares of {weights})"
 
 
 def _failed(before: State, after: State) -> str:
@@ -81,7 +87,8 @@ def _rolled_back(before: State, after: State) -> str:
 
 
 def _reverted(before: State, after: State) -> str:
-    return f"version {after.champion} answers again in place of {before.champion}"
+    ended = f", and {_what(before)} is aborted" if before.applications and after.ended != before.ended else ""
+    return f"version {after.champion} answers again in place of {before.champion}{ended}"
 
 
 def _test_ended(before: State, after: State) -> str:
@@ -111,6 +118,7 @@ _LINES: dict[Kind, Callable[[State, State], str]] = {
 
 def _document(usecase: str, text: str, before: State, after: State, entry: JournalEntry) -> dict[str, Any]:
     """``text`` is for receivers that show a line of text, as chats do."""
+    who, why = _said(entry)
     return {
         "text": text,
         "change": entry.kind,
@@ -121,8 +129,8 @@ def _document(usecase: str, text: str, before: State, after: State, entry: Journ
             "tried": list(after.applications or before.applications),
             "phase": after.phase,
             "weight": after.weight,
-            "by": entry.payload.get("by"),
-            "reason": entry.payload.get("reason"),
+            "by": who,
+            "reason": why,
             "sequence": entry.sequence,
             "at_us": entry.at_us,
         },

@@ -271,7 +271,7 @@ class Controller:
                     if state.refused is not None:
                         self._world.close(state.refused, "refused", state.refused_request)
                 case Effect.TELL:
-                    self._world.tell(alerts(state))
+                    self._world.tell(alerts(self.situation))
                     self._lookout.told()
         self._made_true = state
 

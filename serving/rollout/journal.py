@@ -15,14 +15,22 @@ from pipelines.spec import ABTest, ReleasePolicy
 from serving.rollout.evidence import Evidence, Report, Skew, days_of, results_of
 from serving.rollout.machine import Kind, Phase, State, restored, snapshot, step
 
+_REASONED = frozenset(
+    {
+        *(Kind.FAILED, Kind.PAUSED, Kind.ROLLED_BACK, Kind.ABORTED, Kind.REVERTED, Kind.SUPERSEDED),
+        *(Kind.INCONCLUSIVE, Kind.CONFIRMED, Kind.TEST_ENDED),
+    }
+)
+
 
 @dataclass(frozen=True)
 class Situation:
     """Everything that follows from the journal: the state, its evidence, and what it is held to.
 
-    ``sequence`` is that of the last entry. ``fields`` are the policy of a rollout, or the definition of an A/B test, as
-    journalled: it is read when it is needed, so that one of long ago, which the present code may not know, stands in
-    nobody's way. ``begun`` is all that was journalled when it began.
+    ``why`` is the reason of what last paused or ended a rollout or test. ``sequence`` is that of the last entry.
+    ``fields`` are the policy of a rollout, or the definition of an A/B test, as journalled: it is read when it is
+    needed, so that one of long ago, which the present code may not know, stands in nobody's way. ``begun`` is all
+    that was journalled when it began.
     """
 
     state: State = field(default_factory=State)
@@ -30,6 +38,7 @@ class Situation:
     fields: Mapping[str, Any] = field(default_factory=dict)
     sequence: int = 0
     begun: Mapping[str, Any] = field(default_factory=dict)
+    why: str | None = None
 
     @property
     def policy(self) -> ReleasePolicy:
@@ -73,7 +82,12 @@ class Situation:
                 evidence = Evidence(started_us=entry.at_us, stage_us=entry.at_us, sequences=evidence.sequences)
             case Kind.RESUMED:
                 evidence = evidence.resumed()
-        return Situation(state, evidence, fields, entry.sequence, begun)
+        why = self.why
+        if kind in _REASONED:
+            why = payload.get("reason") or None
+        elif kind in (Kind.STARTED, Kind.TEST_STARTED, Kind.RESUMED):
+            why = None
+        return Situation(state, evidence, fields, entry.sequence, begun, why)
 
 
 def replay(entries: Iterable[JournalEntry], before: Situation | None = None) -> Situation:

@@ -155,7 +155,7 @@ class Lookout:
                 return Finding(Kind.READY)
             why = lacking
             if why != self._seen.waiting:
-                self._world.tell({**alerts(state), WAITING: f"version {state.challenger} waits: {why}"})
+                self._world.tell({**alerts(situation), WAITING: f"version {state.challenger} waits: {why}"})
                 self._seen.waiting = why
         if standing is Standing.FAILED:
             return Finding(Kind.FAILED, {"reason": why})

@@ -32,9 +32,12 @@ def describe(situation: Situation, now_us: int) -> dict[str, Any]:
         if state.judged:
             verdict = judge(situation.policy, state, evidence, now_us)
             log_e, threshold = verdict.log_e, verdict.threshold
-            said = {"verdict": verdict.action, "reason": verdict.reason}
+            reason = f"{verdict.reason}: {situation.why}" if state.paused and situation.why else verdict.reason
+            said = {"verdict": verdict.action, "reason": reason}
         elif situation.fields and not state.test:
             log_e, threshold = measure(situation.policy, evidence)
+        if not state.judged and situation.why is not None:
+            said = {"reason": situation.why}
     except ValidationError:  # of the code that began it: its evidence cannot be measured, all else can be told
         said = {"reason": "the policy that this rollout was started with does not fit this code"}
     return {
@@ -110,6 +113,10 @@ def _compared(situation: Situation, now_us: int) -> dict[str, Any]:
     }
     if state.phase is Phase.TESTING:
         found["reason"] = verdict(test, champion, state.paused, evidence, now_us).reason
+        if state.paused and situation.why is not None:
+            found["reason"] += f": {situation.why}"
+    elif situation.why is not None:
+        found["reason"] = situation.why
     return found
 
 
@@ -119,19 +126,20 @@ def aliases(state: State) -> dict[str, str]:
     return {name: version for name, version in named.items() if version is not None}
 
 
-def alerts(state: State) -> dict[str, str]:
-    """The alerts that belong to a state, by name and detail."""
-    found = {}
+def alerts(situation: Situation) -> dict[str, str]:
+    """The alerts that belong to a situation, by name and detail."""
+    state, found = situation.state, {}
+    why = situation.why or "no reason was given"
     if state.reverted is not None:
-        found["champion_reverted"] = f"version {state.champion} answers in place of {state.reverted}; see the journal"
+        found["champion_reverted"] = f"version {state.champion} answers in place of {state.reverted}: {why}"
     if state.paused:
         what = f"A/B test {state.rollout}" if state.test else f"the rollout of version {state.challenger}"
-        found["rollout_paused"] = f"{what} waits for somebody to look at it"
+        found["rollout_paused"] = f"{what} waits for somebody to look at it: {why}"
     elif state.test:
         if state.outcome in (Outcome.LOST, Outcome.INCONCLUSIVE):
-            found[f"test_{state.outcome}"] = f"A/B test {state.rollout}; the journal says why"
+            found[f"test_{state.outcome}"] = f"A/B test {state.rollout}: {why}"
     elif state.outcome in (Outcome.ROLLED_BACK, Outcome.INCONCLUSIVE):
-        found[f"rollout_{state.outcome}"] = f"version {state.ended}; the journal says why"
+        found[f"rollout_{state.outcome}"] = f"version {state.ended}: {why}"
     return found
 
 

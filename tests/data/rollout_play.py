@@ -135,7 +135,7 @@ class FakeWorld:
     def next_request(self) -> ReleaseRequest | None:
         if not self.open:
             return None
-        payload = {"policy": {"mood": "bad"}} if self.open[0] in self.odd else {"gates": []}
+        payload = {"policy": {"mood": "bad"}} if self.open[0] in self.odd else {"requested_by": "asker"}
         return ReleaseRequest("aqua", self.open[0], payload, 0, int(self.open[0]))
 
     def asked_after(self, request: int) -> str | None:

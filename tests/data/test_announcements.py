@@ -61,7 +61,7 @@ def test_every_change_of_a_release_is_told_in_a_line_with_who_and_why(receiver, 
     told = texts(receiver)
     assert told[:3] == [
         "aqua: version 1 is the first champion",
-        "aqua: rollout 1 of version 2 begins beside champion 1: shadow, then a share of 0.1, 0.5",
+        "aqua: rollout 1 of version 2 begins beside champion 1 (shadow, then shares of 0.1, 0.5) by asker",
         "aqua: version 2 answers a share of 0.1: the stage is complete",
     ]
     assert "aqua: rollout 1 of version 2 is approved by someone: because 1" in told

@@ -117,7 +117,11 @@ def test_uneven_shares_pause_it_so_that_the_champion_answers_all_until_it_is_res
     assert play.world.routed is not None
     assert play.world.routed.split is None
     assert play.world.applications == {"8", "9"}
-    assert play.world.alerts == {"rollout_paused": "A/B test 1 waits for somebody to look at it"}
+    why = play.controller.situation.why
+    assert why is not None
+    assert why.startswith("units are not assigned by their shares")
+    assert play.world.alerts == {"rollout_paused": f"A/B test 1 waits for somebody to look at it: {why}"}
+    assert describe_test(play.controller.situation, play.clock.now())["reason"] == f"paused: {why}"
     for step in ("resume", "settle"):
         STEPS[step](play)
     assert play.world.routed.split is not None

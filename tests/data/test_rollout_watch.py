@@ -8,6 +8,7 @@ import pytest
 
 from cluster.database import Database
 from serving.rollout.machine import Kind, Phase
+from serving.rollout.projections import describe
 from tests.data.rollout_play import USE_CASE, USUAL, play_out
 
 
@@ -26,7 +27,8 @@ def test_what_is_found_while_a_promoted_version_is_watched_brings_the_one_before
     assert (last.kind, last.payload["guardrail"]) == (Kind.ROLLED_BACK, guardrail)
     assert play.world.routed is not None
     assert (play.world.routed.champion, play.world.routed.challenger) == ("1", None)
-    assert play.world.alerts == {"champion_reverted": "version 1 answers in place of 2; see the journal"}
+    assert play.world.alerts == {"champion_reverted": f"version 1 answers in place of 2: {last.payload['reason']}"}
+    assert describe(play.controller.situation, play.clock.now())["reason"] == last.payload["reason"]
 
 
 def test_a_watch_ends_after_its_time_or_with_the_next_release_and_its_evidence_is_its_own(database):
