@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deltalake.exceptions import TableNotFoundError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from cluster.database import OtherLoad
 from cluster.disk import disk_takes_no_more
@@ -48,5 +48,7 @@ def explained(use_case: str) -> Iterator[None]:
         sys.exit(f"tidegate: {error}")
     except (OSError, DBAPIError) as error:
         if (refusal := disk_takes_no_more(error)) is None:
+            if isinstance(error, OperationalError):
+                sys.exit(f"tidegate: the database does not answer: {str(error).splitlines()[0]}")
             raise
         sys.exit(f"tidegate: the disk takes no more ({refusal}). Make room, and run it again: it goes on where it was")

@@ -211,6 +211,7 @@ def _checked(
         breaking = [change for change in changes if change.breaking] or list(changes)
         lines.append(f"version {new.version} must be at least {required}, for {len(changes)} changes:")
         lines += [f"  {change}" for change in breaking]
+    lines += _columns_kept(source)
     if champion is not None and champion.view not in pages(use_case):
         lines.append(
             f"the page no longer has view {champion.view}, which version {champion.version}, the champion, answers "
@@ -224,6 +225,22 @@ def _checked(
     fine = not lines
     said = f"{source.name}: {len(changes)} changes after version {before.version}, and nothing that breaks unsaid"
     return ([said] if fine else lines), fine
+
+
+def _columns_kept(source: EventSource) -> list[str]:
+    """The columns of the table of events whose type is not the contract's: no row could be added to it."""
+    settings = Settings.from_environment()
+    tables, name = Tables(settings.tables_url, settings.storage_options), events_table(source)
+    if not tables.exists(name):
+        return []
+    held = tables.schema(name)
+    wanted = [field for field in contract_schema(source.contract) if field.name in held.names]
+    return [
+        f"table {name} keeps {field.name} as {held.field(field.name).type}, and the contract has it as {field.type}: "
+        "no row could be added; give the field another name"
+        for field in wanted
+        if held.field(field.name).type != field.type
+    ]
 
 
 def _use_case(name: str) -> UseCase:

@@ -105,7 +105,8 @@ def reconcile(tallies: Iterable[tuple[str, Tally]], by_rule: Iterable[tuple[str,
 def refusals(contract: Contract, manifest: Manifest) -> list[str]:
     """Why a load is not to be published, in words; empty when it is.
 
-    More than ``contract.max_rejected_share`` of its rows are refused, or one breaks a rule for which loads are refused.
+    More than ``contract.max_rejected_share`` of its rows are refused, one breaks a rule for which loads are refused, or
+    no file could be read.
     """
     files = manifest.by_rule.get(FILE_UNREADABLE, 0)  # each counts as one row, and says nothing of those of others
     rows_in, found = manifest.total.rows_in - files, []
@@ -113,6 +114,8 @@ def refusals(contract: Contract, manifest: Manifest) -> list[str]:
     if refused > contract.max_rejected_share * rows_in:
         share = refused / rows_in
         found.append(f"{share:.1%} of the rows are refused, and at most {contract.max_rejected_share:.1%} may be")
+    if files and not rows_in:
+        found.append("there is no other file than those that could not be read")
     strict = severities(contract)
     for rule, count in manifest.by_rule.items():
         if strict.get(rule) is Severity.REFUSE:

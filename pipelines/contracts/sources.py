@@ -197,6 +197,7 @@ def _read(contract: Contract, part: Split, storage_options: Mapping[str, str]) -
 
 def _read_parquet(contract: Contract, part: Split, storage_options: Mapping[str, str]) -> Iterator[Batch]:
     with _parquet(part.source, storage_options) as file, _reasons():
+        _refuse_others(contract, file.schema_arrow.names)
         position = part.first
         groups = list(part.row_groups) if part.row_groups is not None else None
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
@@ -226,6 +227,7 @@ def _read_csv(contract: Contract, reopen: Callable[[], IO[bytes]]) -> Iterator[B
         serial = pacsv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)  # threads do not number rows
         with pacsv.open_csv(reopen(), serial, _csv_cells(lambda row: "skip")) as peek:
             header = peek.schema.names
+        _refuse_others(contract, header)
         reader = pacsv.open_csv(
             reopen(),
             serial,
@@ -247,6 +249,13 @@ def _read_csv(contract: Contract, reopen: Callable[[], IO[bytes]]) -> Iterator[B
                 position = int(places[-1]) + 1
     if bad:
         yield Batch(from_records(contract, [text for _, text in bad]), np.array([place for place, _ in bad]))
+
+
+def _refuse_others(contract: Contract, columns: Sequence[str]) -> None:
+    """Raises ``Unreadable`` for a file without a column that every row of the contract has: it is of something else."""
+    lacking = [field.name for field in contract.fields if not field.nullable and field.name not in columns]
+    if lacking:
+        raise Unreadable(f"it has no column {', '.join(lacking)}; its columns are {', '.join(columns)}"[:500])
 
 
 def _csv_cells(refuse: Callable[[Any], str]) -> pacsv.ParseOptions:

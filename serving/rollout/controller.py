@@ -28,7 +28,7 @@ from serving.rollout.evidence import Report, Skew
 from serving.rollout.journal import Journal, Situation
 from serving.rollout.judge import Action, Verdict, judge
 from serving.rollout.lookout import Lookout
-from serving.rollout.machine import Effect, Kind, NotAllowed, Outcome, Phase, State, required
+from serving.rollout.machine import TABLE, Effect, Kind, NotAllowed, Outcome, Phase, State, required
 from serving.rollout.projections import alerts, document, finite
 from serving.rollout.world import World
 
@@ -115,6 +115,12 @@ class Controller:
         with self._lock:
             if of_test and self.state.phase is not Phase.TESTING:
                 raise NotAllowed(f"no A/B test is running: the release is {self.state.phase}")
+            takes = TABLE[self.state.phase]
+            if COMMANDS[name] not in takes:
+                fits = [command for command, kind in COMMANDS.items() if kind in takes]
+                fits += ["start"] if Kind.STARTED in takes else []
+                said = f"{name} does not fit a release that is {self.state.phase}"
+                raise NotAllowed(f"{said}; what fits: {', '.join(fits) or 'nothing'}")
             self._record(COMMANDS[name], {"by": by, "reason": reason})
             self._changed.notify_all()  # the next turn does what follows
 

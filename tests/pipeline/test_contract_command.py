@@ -11,11 +11,13 @@ from datacontract.data_contract import DataContract
 
 from cluster.database import Database
 from cluster.settings import Settings
+from cluster.tables import Tables
 from pipelines import contract as command
 from pipelines import usecases
+from pipelines.contracts.events import BUCKET, events_schema
 from pipelines.contracts.odcs import to_odcs
 from pipelines.features.windows import pages
-from pipelines.spec import Contract, UseCase
+from pipelines.spec import Contract, Field, FieldType, UseCase
 from pipelines.training.artifact import load, write_page
 from pipelines.training.registry import Registry
 from serving import routing
@@ -119,6 +121,22 @@ def test_check_fails_where_the_view_of_the_champion_is_no_longer_on_the_page(set
     assert not fine
     assert f"which version {version}, the champion, answers from" in lines[-1]
     assert command.checked(AQUA, None)[1]
+
+
+def test_check_fails_where_the_table_keeps_a_column_as_another_type(settings, tmp_path, capsys) -> None:
+    tables = Tables(settings.tables_url)
+    tables.ensure("aqua/events", events_schema(AQUA.contract), [BUCKET])
+    champion(settings, tmp_path / "artifact", {"contract": json.loads(AQUA.contract.model_dump_json())})
+    fields = tuple(
+        Field(name="holiday", type=FieldType.STRING) if field.name == "holiday" else field
+        for field in AQUA.contract.fields
+    )
+    unused = AQUA.contract.model_copy(update={"fields": fields, "version": "2.0.0"})
+    lines, fine = command.checked(AQUA.model_copy(update={"contract": unused}), None)
+    assert not fine
+    assert (
+        "table aqua/events keeps holiday as bool, and the contract has it as string: no row could be added" in lines[0]
+    )
 
 
 def test_two_files_are_compared_with_the_page_that_has_their_contract(settings, tmp_path, capsys) -> None:

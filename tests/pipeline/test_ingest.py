@@ -284,3 +284,25 @@ def test_an_odd_column_stops_no_other_file(name: str, home: Path, inbox: Path) -
     assert report.by_source["good.parquet"]["accepted"] == 100
     assert report.by_source["odd.parquet"]["accepted"] == taken
     assert report.by_source["odd.parquet"]["rows_in"] in (1, 4)
+
+
+def test_files_that_are_none_stop_no_other_and_alone_are_no_load(home: Path, inbox: Path) -> None:
+    """Of another kind, cut off, without a row, or without a column that every row has: each is one refused row."""
+    here = world(home)
+    pq.write_table(readings(range(15)), inbox / "good.parquet")
+    pq.write_table(readings(range(3)), inbox / "cut.parquet")
+    (inbox / "cut.parquet").write_bytes((inbox / "cut.parquet").read_bytes()[:-20])
+    pq.write_table(pa.table({"foo": [1] * 100}), inbox / "other.parquet")
+    pq.write_table(readings(range(0)), inbox / "none.parquet")
+    (inbox / "header.csv").write_text(",".join(readings(range(1)).column_names) + "\n")
+    (inbox / "empty.jsonl").write_text("\n")
+    (inbox / "notes.txt").write_text("hello")
+    report = here.load([str(inbox)])
+    assert (report.status, report.rows_in, report.accepted) == ("published", 21, 15), report
+    assert report.by_rule == {"file.unreadable": 6}
+    said = {row["source"]: json.loads(row["record"])["reason"] for row in everything(here.tables)[1].to_pylist()}
+    assert said["notes.txt"] == "its name ends in none of ['.csv', '.jsonl', '.parquet']"
+    assert said["other.parquet"].startswith("it has no column district, time, temperature, rain, holiday; its columns")
+    assert [said[name] for name in ("none.parquet", "header.csv", "empty.jsonl")] == ["it holds no row"] * 3
+    alone = here.load([str(inbox / "other.parquet")])
+    assert (alone.status, alone.refusals[0]) == ("refused", "there is no other file than those that could not be read")
