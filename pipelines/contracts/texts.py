@@ -41,9 +41,13 @@ def distinct_texts(column: pa.StringArray) -> tuple[np.ndarray, list[str]] | Non
     count = _encode(offsets, words, tail, inside, _MASKS, codes, first)
     if count < 0:
         return None
-    # From the buffer and not from the column: a null may have been the first to have these bytes.
-    spans = zip(offsets[first[:count]].tolist(), offsets[first[:count] + 1].tolist(), strict=True)
-    return codes, [bytes(data[start:end]).decode(errors="replace") for start, end in spans]
+    # Without the column's nulls: one may have been the first to have these bytes.
+    bare = pa.StringArray.from_buffers(len(column), column.buffers()[1], data, None, 0, column.offset)
+    found = bare.take(pa.array(first[:count]))
+    try:
+        return codes, found.to_pylist()
+    except UnicodeDecodeError:  # what stands under a null may be no text
+        return codes, [text.decode(errors="replace") for text in found.cast(pa.binary()).to_pylist()]
 
 
 @njit(nogil=True, cache=True)
