@@ -145,8 +145,9 @@ def _assemble(
         _note(field, bad, malformed, broken)
     known = {field.name for field in contract.fields}
     everywhere = everywhere + [rules.unknown_id(name) for name in names if name not in known]
-    rows = np.arange(table.num_rows, dtype=np.int64)
-    broken += [Broken(rule, rows) for rule in sorted(set(everywhere)) if len(rows)]
+    if everywhere and table.num_rows:
+        rows = np.arange(table.num_rows, dtype=np.int64)
+        broken += [Broken(rule, rows) for rule in sorted(set(everywhere))]
     return Parsed(
         table=pa.Table.from_arrays(columns, schema=contract_schema(contract)),
         malformed=malformed,
