@@ -6,7 +6,6 @@ committed again, whichever process asks. Reads go through pyarrow on a pinned li
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import random
@@ -28,9 +27,9 @@ from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
+from cluster import table_schemas
 from cluster.filesystems import open_filesystem
 
-_SCHEMA_KEY = "tidegate.arrowSchema"
 _PARTITION_VALUE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 # How often a commit that lost a race looks again; each loser's rival has moved the table forward.
@@ -76,10 +75,6 @@ class TableMoved(OSError):
     """Somebody else has committed to the table meanwhile: look at it again."""
 
 
-class OtherSchema(OSError, ValueError):
-    """Rows or a definition do not fit a table's columns; the message names every column."""
-
-
 class Tables:
     """The tables below one URL (``file:///…`` or ``s3://…``). Holds no connection, so it pickles anywhere.
 
@@ -115,7 +110,7 @@ class Tables:
         that it has beyond the schema stay, for rows that are written as ``partial``. Raises ``ValueError`` naming every
         field that differs.
         """
-        stored = _storable(schema)
+        stored = table_schemas.storable(schema)
         if not self.exists(name):
             if self.url.startswith("file:"):
                 Path(self._filesystem(name)[1]).mkdir(parents=True, exist_ok=True)
@@ -125,7 +120,7 @@ class Tables:
                     stored,
                     mode="error",
                     partition_by=list(partition_by),
-                    configuration={_SCHEMA_KEY: _pack(schema)},
+                    configuration={table_schemas.SCHEMA_KEY: table_schemas.pack(schema)},
                     raise_if_key_not_exists=False,
                     storage_options=self.storage_options or None,
                     # A second try would add this definition to the table that another process made meanwhile.
@@ -135,11 +130,13 @@ class Tables:
                 if not self.exists(name):  # otherwise another process created it meanwhile
                     raise
         handle = self._open(name, without_files=True)
-        declared = _declared(handle)
+        declared = table_schemas.declared(handle)
         if grows and (added := [field for field in schema if field.name not in declared.names]):
-            _compare(name, declared, pa.schema([f for f in schema if f.name in declared.names]), partial=True)
+            table_schemas.compare(
+                name, declared, pa.schema([f for f in schema if f.name in declared.names]), partial=True
+            )
             handle = self._grow(name, handle, pa.schema([*declared, *added]))
-        _compare(name, _declared(handle), schema, partial=grows)
+        table_schemas.compare(name, table_schemas.declared(handle), schema, partial=grows)
         if (existing := list(handle.metadata().partition_columns)) != list(partition_by):
             raise ValueError(
                 f"table {name!r} is partitioned by {existing}, not by {list(partition_by)}: use another name"
@@ -159,17 +156,17 @@ class Tables:
         columns that ``table`` lacks are null. Raises ``ValueError`` when columns or partitions do not fit the table.
         """
         handle = self._open(name, without_files=True)
-        schema, columns = _declared(handle), list(handle.metadata().partition_columns)
+        schema, columns = table_schemas.declared(handle), list(handle.metadata().partition_columns)
         values = {key: _partition_text(name, key, value) for key, value in (partition or {}).items()}
         if sorted(values) != sorted(columns):
             raise ValueError(f"table {name!r} is partitioned by {columns}, but {sorted(values)} were given")
         body = pa.schema([field for field in schema if field.name not in columns])
         table = table.drop_columns([column for column in columns if column in table.column_names])
-        _compare(name, body, table.schema, partial=partial)
+        table_schemas.compare(name, body, table.schema, partial=partial)
         for field in body:
             if field.name not in table.column_names:
                 table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        table = table.select(body.names).cast(_storable(body))
+        table = table.select(body.names).cast(table_schemas.storable(body))
         folder = "/".join(f"{column}={values[column]}" for column in columns)
         path = f"{folder}/part-{uuid.uuid4().hex}.parquet" if folder else f"part-{uuid.uuid4().hex}.parquet"
         filesystem, root = self._filesystem(name)
@@ -239,7 +236,7 @@ class Tables:
 
     def schema(self, name: str, version: int | None = None) -> pa.Schema:
         """The declared schema of one version, partition columns included."""
-        return _declared(self._open(name, version, without_files=True))
+        return table_schemas.declared(self._open(name, version, without_files=True))
 
     def marker(self, name: str, app_id: str) -> int | None:
         """The highest marker that ``app_id`` has committed, None if it never has."""
@@ -304,8 +301,8 @@ class Tables:
     ) -> tuple[ds.Dataset, pa.Schema]:
         """The files of a version, and the schema of the columns that are asked for."""
         handle = self._open(name, version)
-        schema = _encoded(_declared(handle), encoded)
-        stored = _storable(schema)
+        schema = table_schemas.encoded(table_schemas.declared(handle), encoded)
+        stored = table_schemas.storable(schema)
         filesystem, root = self._filesystem(name)
         parquet = ds.ParquetFileFormat(read_options=ds.ParquetReadOptions(dictionary_columns=list(encoded)))
         fragments = [
@@ -333,10 +330,12 @@ class Tables:
     def _grow(self, name: str, handle: DeltaTable, schema: pa.Schema) -> DeltaTable:
         """The table with the columns of ``schema`` that it lacks; whatever another process has added by then."""
         held = set(pa.schema(handle.schema()).names)
-        lacking = pa.schema([field for field in _storable(schema) if field.name not in held])
+        lacking = pa.schema([field for field in table_schemas.storable(schema) if field.name not in held])
         try:
             handle.alter.add_columns(list(DeltaSchema.from_arrow(lacking).fields))
-            handle.alter.set_table_properties({_SCHEMA_KEY: _pack(schema)}, raise_if_not_exists=False)
+            handle.alter.set_table_properties(
+                {table_schemas.SCHEMA_KEY: table_schemas.pack(schema)}, raise_if_not_exists=False
+            )
         except DeltaError:
             if set(schema.names) - set(self.schema(name).names):  # otherwise another process has grown it meanwhile
                 raise
@@ -453,49 +452,3 @@ def _partition_text(name: str, column: str, value: int | str) -> str:
             f"table {name!r}: partition value {text!r} of {column!r} must be letters, digits, '.', '_' or '-'"
         )
     return text
-
-
-def _storable(schema: pa.Schema) -> pa.Schema:
-    """The schema as it lies in files: Delta has no unsigned numbers, so they take the next wider type."""
-    return pa.schema([pa.field(field.name, _signed(field.type), field.nullable) for field in schema])
-
-
-def _signed(kind: pa.DataType) -> pa.DataType:
-    wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64()}
-    if pa.types.is_list(kind):
-        return pa.list_(_signed(kind.value_type))
-    if kind == pa.uint64():
-        raise ValueError("a table cannot hold uint64: use int64")
-    return wider.get(kind, kind)
-
-
-def _encoded(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field(field.name, pa.dictionary(pa.int32(), field.type), field.nullable)
-            if field.name in columns
-            else field
-            for field in schema
-        ]
-    )
-
-
-def _pack(schema: pa.Schema) -> str:
-    return base64.b64encode(schema.remove_metadata().serialize().to_pybytes()).decode()
-
-
-def _declared(handle: DeltaTable) -> pa.Schema:
-    packed = handle.metadata().configuration.get(_SCHEMA_KEY)
-    if packed is None:
-        return pa.schema(handle.schema())
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed)))
-
-
-def _compare(name: str, table: pa.Schema, given: pa.Schema, *, partial: bool = False) -> None:
-    mine = {field.name: field.type for field in table}
-    other = {field.name: field.type for field in given}
-    faults = [f"{key} is {mine[key]}, given {other[key]}" for key in mine if key in other and mine[key] != other[key]]
-    faults += [f"{key} ({mine[key]}) is missing" for key in mine if key not in other and not partial]
-    faults += [f"{key} ({other[key]}) is not a column of it" for key in other if key not in mine]
-    if faults:
-        raise OtherSchema(f"table {name!r} has another schema: {'; '.join(faults)}")

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from cluster.database import OtherLoad
 from cluster.disk import disk_takes_no_more
 from cluster.log import LogUnavailable
-from cluster.tables import OtherSchema
+from cluster.table_schemas import OtherSchema
 from pipelines.contracts.leases import LeaseLost
 from pipelines.contracts.sources import NoSource
 from pipelines.features.state import StateError
