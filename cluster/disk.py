@@ -8,8 +8,8 @@ import os
 import lmdb
 from sqlalchemy.exc import DBAPIError
 
-# A disk that fills up within one write of LMDB's makes that write short, which LMDB reports as EIO.
 _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+# A disk that fills up within one write of LMDB's makes that write short, which LMDB reports as EIO.
 _REFUSALS = (os.strerror(errno.EIO), *_FULL)
 _SQLITE_REFUSALS = ("disk I/O error", "database or disk is full")
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.settings import Settings
 from pipelines.training.artifact import Artifact, Prediction, Runner, Strings
-from pipelines.training.registry import Registry
+from pipelines.training.registry import ModelVersion, Registry
 
 
 class DrillError(RuntimeError):
@@ -97,6 +97,17 @@ def drill_of(path: Path | None, usecase: str, version: str) -> Drill | None:
     return None if found is None else Drill.model_validate(found)
 
 
+def register_like(source: ModelVersion, folder: Path, registry: Registry) -> ModelVersion:
+    """Registers the artifact of ``folder`` as a version with the gates of another."""
+    return registry.register(
+        folder,
+        gates=json.loads(source.tags["gates"]),
+        gates_passed=source.gates_passed,
+        params={"copy_of": source.version},
+        metrics={},
+    )
+
+
 def register_copy(usecase: str, champion: str, drill: Drill | None, registry: Registry, settings: Settings) -> str:
     """A registered version with the champion's artifact and gates, and ``drill`` put on its runner; its number.
 
@@ -104,13 +115,7 @@ def register_copy(usecase: str, champion: str, drill: Drill | None, registry: Re
     """
     source = registry.version(usecase, champion)
     folder = registry.download(usecase, champion, settings.cache_dir / "models")
-    made = registry.register(
-        folder,
-        gates=json.loads(source.tags["gates"]),
-        gates_passed=source.gates_passed,
-        params={"copy_of": champion},
-        metrics={},
-    )
+    made = register_like(source, folder, registry)
     if drill is not None:
         if settings.drills is None:
             raise ValueError("a drill needs TIDEGATE_DRILLS, the file that challengers read their faults from")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from pipelines.training.artifact import load as load_page
 from pipelines.training.artifact import write_page
 from pipelines.training.registry import Registry
 from serving.client import Client, TidegateError
-from serving.drills import Drill, register_copy
+from serving.drills import Drill, register_copy, register_like
 from tests.deployment.waiting import until
 
 SETTLED = ("idle", "watching")
@@ -117,14 +116,7 @@ def brittle(demo, client, tmp_path: Path) -> str:
     )
     onnx.save(model, folder / "model.onnx")
     write_page(folder, artifact)
-    made = registry.register(
-        folder,
-        gates=json.loads(source.tags["gates"]),
-        gates_passed=source.gates_passed,
-        params={"copy_of": champion},
-        metrics={},
-    )
-    return made.version
+    return register_like(source, folder, registry).version
 
 
 def answering(client: Client, version: str) -> None:

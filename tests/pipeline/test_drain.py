@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.log import Log, Record
-from cluster.tables import Tables
+from cluster.tables import TableMoved, Tables
 from pipelines import drain as module
 from pipelines.contracts import events, leases
 from pipelines.drain import drain, drain_once
@@ -116,6 +116,29 @@ def test_an_event_that_a_load_brought_too_is_refused_as_a_duplicate(here: World,
     assert (len(ids), len(set(ids))) == (30, 30)
     assert quarantine.column("position").to_pylist() == list(range(1, 11))
     assert quarantine.column("rules").to_pylist() == [["key.duplicate"]] * 10
+
+
+def test_events_that_another_publishes_while_they_are_drained_are_published_once(
+    here: World, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a load that the drain's lease did not keep away, after the drain had looked which events the table has."""
+    pq.write_table(readings(range(20)), tmp_path / "a.parquet")
+    _append(log, range(20))
+    look = module._new
+
+    def looked(*arguments: Any) -> Any:
+        found = look(*arguments)
+        monkeypatch.undo()
+        assert here.load([str(tmp_path / "a.parquet")]).accepted == 20
+        return found
+
+    monkeypatch.setattr(module, "_new", looked)
+    with pytest.raises(TableMoved):
+        drain(USE_CASE, log, here.tables, here.settings)
+    assert log.pending("events") == 20
+    drain(USE_CASE, log, here.tables, here.settings)
+    assert log.pending("events") == 0
+    assert everything(here.tables)[0].num_rows == 20
 
 
 @pytest.mark.parametrize("point", ["events", "duplicates", "trim"])
