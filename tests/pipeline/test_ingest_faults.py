@@ -178,6 +178,24 @@ def test_a_load_that_slept_through_its_lease_publishes_nothing_that_another_did(
     assert everything(here.tables)[0].num_rows == 96
 
 
+def test_a_table_that_moved_under_a_load_is_looked_at_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compaction moves it, which needs no lease."""
+    source = _file(tmp_path / "in" / "a.parquet", bad=2)
+    here, moved, commit = world(home), [], Tables.commit
+
+    def committed(self, name, *arguments, **options):
+        if name.endswith("/events") and not moved:
+            moved.append(commit(self, name, [], "a compaction").version)
+        return commit(self, name, *arguments, **options)
+
+    monkeypatch.setattr(Tables, "commit", committed)
+    report = here.load([source], load_id="one")
+    assert (report.accepted, report.quarantined, report.events_version) == (96, 4, moved[0] + 1)
+    assert [table.num_rows for table in everything(here.tables)] == [96, 4]
+
+
 def _holder(here) -> str:
     with here.database.read() as connection:
         return connection.execute(select(LEASES.c.holder).where(LEASES.c.name == f"drain/{USE_CASE.name}")).scalar()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipelines.contracts.events import decode_events, encoder
+from pipelines.contracts.parsing import from_arrow
 from pipelines.contracts.requests import check_record, compile_model
 from pipelines.replay import replay
 from pipelines.spec import Field, FieldType, Rule
@@ -54,6 +56,18 @@ def test_lists_of_every_kind_of_file_are_the_same_in_the_table(home: Path, tmp_p
     accepted = everything(here.tables)[0]
     found = zip(accepted.column("peaks").to_pylist(), accepted.column("tags").to_pylist(), strict=True)
     assert sorted(found, key=str) == sorted(GIVEN * 4, key=str)
+
+
+KINDS = (pa.list_view(pa.float64()), pa.large_list_view(pa.float32()), pa.large_list(pa.int16()), pa.list_(pa.uint8()))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_lists_of_every_arrow_type_are_the_same(kind: pa.DataType) -> None:
+    column = pa.array([[1, 2], [], None, [3]], kind)
+    table = readings(range(4)).append_column("peaks", column)
+    parsed = from_arrow(CONTRACT, table.slice(1, 3))
+    assert parsed.table.column("peaks").to_pylist() == [[], None, [3.0]]
+    assert parsed.broken == ()
 
 
 def test_a_list_that_breaks_a_rule_is_shown_as_it_came_and_may_come_again(home: Path, tmp_path: Path) -> None:

@@ -11,7 +11,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.spec import Freshness, LoadRule, NullShare, References, Rule, Severity, Silence, UseCase, Volume
+from pipelines import usecases
+from pipelines.spec import (
+    Field,
+    FieldType,
+    Freshness,
+    LoadRule,
+    NullShare,
+    References,
+    Rule,
+    Severity,
+    Silence,
+    UseCase,
+    Volume,
+)
 from serving.cli import main as tidegate
 from tests.pipeline.loads import USE_CASE, World, readings, world
 
@@ -142,6 +155,18 @@ def test_the_page_of_a_load_tells_what_came_and_what_was_refused_and_why(here, t
     assert "note.unknown" in said
     assert other.drawn == 1, "nothing was accepted that could be drawn"
     assert tidegate(["contract", "page", "aqua", "--load", "three", "--out", str(tmp_path / "x.html")]) == 1
+
+
+def test_the_page_of_a_load_from_before_a_field_came_leaves_it_out(here, tmp_path, monkeypatch) -> None:
+    here.load(file(tmp_path / "in", "a.parquet", readings(range(20))), load_id="one")
+    known = USE_CASE.contract
+    fields = (*known.fields, Field(name="pressure", type=FieldType.FLOAT, nullable=True))
+    later = USE_CASE.model_copy(update={"contract": known.model_copy(update={"fields": fields})})
+    monkeypatch.setattr(usecases, "load", lambda name: later)
+    monkeypatch.setenv("TIDEGATE_HOME", str(tmp_path / "home"))
+    out = tmp_path / "page.html"
+    assert tidegate(["contract", "page", "aqua", "--out", str(out)]) == 0
+    assert "20 came, 20 were accepted" in out.read_text()
 
 
 def test_null_shares_and_silences_are_those_of_all_buckets_together(here, tmp_path) -> None:
